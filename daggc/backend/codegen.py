@@ -1,0 +1,136 @@
+"""Graph -> Python source over torch -> a function.
+
+The source is readable, one line a node with the user's module path and source line beside it; values are
+deleted after their last use; tracebacks show it (``linecache``), and an error in it names the user's line.
+Graphs of one structure share one function.
+"""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from daggc.backend import kernels
+from daggc.errors import DaggcError, RunError, located
+from daggc.ir.graph import Graph, Value
+from daggc.ops import REGISTRY
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph as a function of torch tensors.
+
+    Attributes:
+        source: the generated Python.
+        function: ``(device, *inputs) -> tuple of outputs``, in the order of the graph's ports.
+    """
+
+    graph: Graph
+    source: str
+    filename: str
+    function: Callable[..., tuple[torch.Tensor, ...]]
+
+    def __call__(self, inputs: Sequence[torch.Tensor], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+        """Run on tensors in the order of the graph's input ports.
+
+        Raises RunError naming the user's module and source line of the node that failed.
+        """
+        try:
+            with torch.no_grad():
+                return self.function(torch.device(device), *inputs)
+        except DaggcError:
+            raise
+        except Exception as wrong:
+            raise RunError(f"{type(wrong).__name__}: {wrong}{self._blame(wrong)}") from wrong
+
+    def _blame(self, wrong: BaseException) -> str:
+        """The node whose generated line is in the traceback."""
+        trace = wrong.__traceback__
+        lines = self.source.splitlines()
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == self.filename:
+                return f"\n  in generated code, line {trace.tb_lineno}: {lines[trace.tb_lineno - 1].strip()}"
+            trace = trace.tb_next
+        return ""
+
+
+_CACHE: dict[str, Compiled] = {}
+
+
+def compile_graph(graph: Graph) -> Compiled:
+    """The function of a graph; graphs of one structure share it."""
+    key = graph.structure()
+    if key not in _CACHE:
+        source = generate(graph)
+        filename = f"<daggc {graph.name} {key}>"
+        scope: dict[str, object] = {"torch": torch, "kernels": kernels}
+        exec(compile(source, filename, "exec"), scope)
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        function = cast(Callable[..., tuple[torch.Tensor, ...]], scope[_identifier(graph.name)])
+        _CACHE[key] = Compiled(graph, source, filename, function)
+    return _CACHE[key]
+
+
+def generate(graph: Graph) -> str:
+    """The Python source of a graph: ``def name(device, *inputs)`` that returns a tuple."""
+    names = _names(graph)
+    last_use = _last_uses(graph)
+    parameters = ", ".join(["device", *(names[port.value.name] for port in graph.inputs)])
+    lines = [f"def {_identifier(graph.name)}({parameters}):"]
+    for index, node in enumerate(graph.nodes):
+        op = REGISTRY[node.op]
+        expression = op.lower(node, [names[value.name] for value in node.inputs])
+        targets = ", ".join(names[value.name] for value in node.outputs)
+        if len(node.outputs) == 1 and expression.startswith("("):
+            expression = expression.strip()
+        comment = located("", node.path, node.source).strip(" ()")
+        lines.append(f"    {targets} = {expression}" + (f"  # {comment}" if comment else ""))
+        dead = [names[name] for name in last_use.get(index, ())]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    results = "".join(f"{names[port.value.name]}, " for port in graph.outputs)
+    lines.append(f"    return ({results.rstrip()})" if results else "    return ()")
+    return "\n".join(lines) + "\n"
+
+
+def _last_uses(graph: Graph) -> dict[int, list[str]]:
+    """For each node's index, the values that nothing reads after it."""
+    last: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        for value in (*node.outputs, *node.inputs):
+            last[value.name] = index
+    for port in graph.outputs:
+        last.pop(port.value.name, None)
+    dead: dict[int, list[str]] = {}
+    for name, index in last.items():
+        dead.setdefault(index, []).append(name)
+    return dead
+
+
+def _names(graph: Graph) -> dict[str, str]:
+    """A distinct Python identifier for each value."""
+    names: dict[str, str] = {}
+    taken = {"device", "torch", "kernels"}
+    for value in graph.values():
+        names[value.name] = name = _distinct(value, taken)
+        taken.add(name)
+    return names
+
+
+def _distinct(value: Value, taken: set[str]) -> str:
+    stem = _identifier(value.name)
+    name, count = stem, 1
+    while name in taken:
+        name, count = f"{stem}_{count}", count + 1
+    return name
+
+
+def _identifier(name: str) -> str:
+    name = re.sub(r"\W", "_", name)
+    return f"_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name

@@ -1,0 +1,69 @@
+"""Torch functions that generated code calls where one ATen call does not do.
+
+Generated code sees this package as ``kernels``. One file a family of ops.
+"""
+
+from daggc.backend.kernels.activation import log_sigmoid_backward
+from daggc.backend.kernels.attention import attention, attention_backward, attention_mask_grad
+from daggc.backend.kernels.constant import constant
+from daggc.backend.kernels.conv import (
+    conv_channels_last,
+    conv_input_grad,
+    conv_weight_grad,
+)
+from daggc.backend.kernels.doors import python_call, torch_call
+from daggc.backend.kernels.indexing import index_put
+from daggc.backend.kernels.loss import nll_loss_backward
+from daggc.backend.kernels.norm import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_eval_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+from daggc.backend.kernels.pool import (
+    adaptive_avg_pool,
+    adaptive_avg_pool_backward,
+    avg_pool,
+    avg_pool_backward,
+    max_pool_backward,
+)
+from daggc.backend.kernels.random import bernoulli, normal, randint, randperm, uniform
+
+__all__ = [
+    "adaptive_avg_pool",
+    "adaptive_avg_pool_backward",
+    "attention",
+    "attention_backward",
+    "attention_mask_grad",
+    "avg_pool",
+    "avg_pool_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_eval_backward",
+    "bernoulli",
+    "constant",
+    "conv_channels_last",
+    "conv_input_grad",
+    "conv_weight_grad",
+    "group_norm",
+    "group_norm_backward",
+    "index_put",
+    "layer_norm",
+    "layer_norm_backward",
+    "log_sigmoid_backward",
+    "max_pool_backward",
+    "nll_loss_backward",
+    "normal",
+    "python_call",
+    "randint",
+    "randperm",
+    "rms_norm",
+    "rms_norm_backward",
+    "torch_call",
+    "uniform",
+]

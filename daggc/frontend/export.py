@@ -1,0 +1,163 @@
+"""Capture: ``torch.export`` of a model -> a Program with ``@forward``.
+
+Non-strict export records ATen ops under the model's own Python; ``run_decompositions({})`` makes in-place
+code functional and keeps composite ops (``linear``, ``layer_norm``, ``scaled_dot_product_attention``) whole.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import CaptureError, DaggcError, located
+from daggc.frontend.fx_import import import_exported, is_user_file, short_source
+from daggc.frontend.gradient_stops import mark_gradient_stops
+from daggc.frontend.opaque import recording
+from daggc.frontend.pytree import Spec, flatten
+from daggc.ir.graph import Program
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model: the program, and what is needed to call it with the model's own objects.
+
+    Attributes:
+        in_spec: of ``(args, kwargs)``; its leaves are the ``input`` ports in order.
+        out_spec: of the result; its leaves are the ``output`` ports in order.
+        trainable: names of parameters that require gradients (canonical names of tied ones).
+        constants: tensors that are part of the model but neither parameters nor buffers, by port target.
+    """
+
+    program: Program
+    in_spec: Spec
+    out_spec: Spec
+    trainable: frozenset[str]
+    constants: Mapping[str, torch.Tensor]
+
+
+class _Flat(nn.Module):
+    """The model as a function from a list of tensors to a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, in_spec: Spec, note_result: Callable[[Spec], None]) -> None:
+        super().__init__()
+        self.model = model
+        self._in_spec = in_spec
+        self._note_result = note_result  # export undoes assignments to attributes
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self._in_spec.rebuild(iter(leaves))
+        tensors, spec = flatten(self.model(*args, **kwargs))
+        self._note_result(spec)
+        return tuple(tensors)
+
+
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Capture a model at the shapes of its example inputs, in the mode (train or eval) each module is in.
+
+    Raises:
+        CaptureError: with the user's module path and source line, if the model cannot be captured
+            (control flow that depends on data, an operation daggc cannot keep faithful).
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"a model is a torch.nn.Module, got a {type(model).__name__}")
+    _refuse_hooks(model)
+    leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
+    results: list[Spec] = []
+    flat = _Flat(model, in_spec, results.append)
+    with _explained(model), recording(), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(flat, tuple(leaves), strict=False)
+        mark_gradient_stops(exported.graph_module)
+        exported = exported.run_decompositions({})
+    out_spec = results[-1]
+    canonical, tied = _canonical_names(model)
+    graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical)
+    program = Program({"forward": graph}, in_spec.tree, out_spec.tree, tied, ("capture",))
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return Capture(program, in_spec, out_spec, trainable, constants)
+
+
+def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+    """The program of a model at the shapes of example inputs: a graph ``@forward``. See :func:`capture`."""
+    return capture(model, args, kwargs).program
+
+
+def weights_of(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
+    """The tensors of every ``param``, ``buffer`` and ``constant`` port of ``@forward``, by port ref."""
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    tensors: dict[str, torch.Tensor] = {}
+    for port in captured.program.forward.inputs_of("param", "buffer", "constant"):
+        tensors[port.ref] = captured.constants[port.target] if port.kind == "constant" else named[port.target]
+    return tensors
+
+
+def _canonical_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Every name of a parameter or buffer -> the first name of that tensor; and the aliases among them."""
+    canonical: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        canonical[name] = first.setdefault(id(tensor), name)
+        if canonical[name] != name:
+            tied[name] = canonical[name]
+    return canonical, tied
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Backward hooks would be lost; forward hooks are ordinary code that export traces."""
+    for path, module in model.named_modules():
+        if any(getattr(module, name) for name in _HOOKS[2:]):
+            raise CaptureError(located("a module has backward hooks, which daggc does not run; remove them", path))
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(f"parameter {name!r} has gradient hooks, which daggc does not run; remove them")
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Turn what export raises into a CaptureError with the user's module path and source line."""
+    try:
+        yield
+    except DaggcError as wrong:
+        path, source = _user_frame(wrong, model)
+        raise CaptureError(located(str(wrong), path, source)) from wrong
+    except Exception as wrong:
+        path, source = _user_frame(wrong, model)
+        raise CaptureError(located(_explain(wrong), path, source)) from wrong
+
+
+def _explain(wrong: Exception) -> str:
+    first = str(wrong).strip().splitlines()[0] if str(wrong).strip() else type(wrong).__name__
+    data_dependent = any("DataDependent" in cls.__name__ for cls in type(wrong).__mro__) or "data-dependent" in str(
+        wrong
+    )
+    if data_dependent or "Could not guard" in first or "Could not extract" in first:
+        return (
+            "the model's control flow or shapes depend on the data of a tensor, which cannot be captured "
+            f"({first}); use torch.where or torch.cond, or mark the function with @daggc.opaque"
+        )
+    return f"torch.export could not capture the model: {type(wrong).__name__}: {first}"
+
+
+def _user_frame(wrong: BaseException, model: nn.Module) -> tuple[str, str]:
+    """Module path and source line of the innermost frame that is the user's."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    path = source = ""
+    for frame, line in traceback.walk_tb(wrong.__traceback__):
+        filename = frame.f_code.co_filename
+        if is_user_file(filename):
+            source = short_source(filename, line)
+            names = frame.f_code.co_varnames  # the first parameter of a method is its module
+            path = paths.get(id(frame.f_locals.get(names[0] if names else "")), path)
+    return path, source

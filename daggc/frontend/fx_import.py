@@ -1,0 +1,278 @@
+"""An exported fx graph -> a Graph of the IR, op by op through the importers of the op table."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from daggc.errors import CaptureError, IRError, TypeRuleError, located
+from daggc.frontend.dtypes import FROM_TORCH, ir_dtype, ir_type
+from daggc.frontend.pytree import input_names
+from daggc.ir.attrs import Dense
+from daggc.ir.builder import Builder
+from daggc.ir.graph import Graph, Value
+from daggc.ir.tree import Tree
+from daggc.ops import REGISTRY
+from daggc.ops.call import declare
+
+_SMALL = 16  # elements; larger constants of the model become ports, so that text stays readable
+_PLACEMENT = ("device", "layout", "pin_memory")  # arguments that are the planner's business
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")  # the shapes are static and checked by us
+
+
+def import_exported(
+    exported: ExportedProgram, in_tree: Tree, out_tree: Tree, canonical: Mapping[str, str]
+) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """Import an exported program.
+
+    Args:
+        canonical: every name of a parameter or buffer -> the name of its port (tied ones share).
+
+    Returns:
+        ``@forward``, and the tensors of its ``constant`` ports by target.
+    """
+    b = REGISTRY.builder("forward")
+    importer = _Importer(b, exported.graph_module)
+    constants = _inputs(importer, exported, in_tree, canonical)
+    importer.nodes(exported.graph_module, importer.values)
+    _outputs(importer, exported, out_tree, canonical)
+    return b.build(), constants
+
+
+def _strip(name: str) -> str:
+    """The model's own name: the capture wraps it as ``model``."""
+    return name.removeprefix("model").removeprefix(".")
+
+
+def _inputs(importer: _Importer, exported: ExportedProgram, in_tree: Tree, canonical: Mapping[str, str]):
+    b, values = importer.b, importer.values
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    names = iter(input_names(in_tree))
+    constants: dict[str, torch.Tensor] = {}
+    shared: dict[str, Value] = {}
+    kinds = {InputKind.PARAMETER: "param", InputKind.BUFFER: "buffer"}
+    for spec in exported.graph_signature.input_specs:
+        node = placeholders[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            target = next(names)
+            values[node] = b.input(ir_type(node.meta["val"]), "input", target)
+        elif spec.kind in kinds:
+            target = canonical[_strip(str(spec.target))]
+            if target not in shared:
+                shared[target] = b.input(ir_type(node.meta["val"]), kinds[spec.kind], target)
+            values[node] = shared[target]
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            tensor = exported.constants[str(spec.target)].detach()
+            if tensor.numel() <= _SMALL:
+                values[node] = b.emit("constant", value=dense(tensor))
+            else:
+                target = _strip(str(spec.target))
+                values[node] = b.input(ir_type(tensor), "constant", target)
+                constants[target] = tensor
+        else:
+            raise CaptureError(f"the model takes an input of kind {spec.kind.name}, which daggc does not know")
+    return constants
+
+
+def _outputs(importer: _Importer, exported: ExportedProgram, out_tree: Tree, canonical: Mapping[str, str]) -> None:
+    (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    paths = out_tree.leaf_paths()
+    changed: list[tuple[Value, str]] = []
+    for spec, node in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind == OutputKind.USER_OUTPUT:
+            importer.b.output(importer.value(node), "output", next(paths))
+        elif spec.kind == OutputKind.BUFFER_MUTATION:
+            changed.append((importer.value(node), canonical[_strip(str(spec.target))]))
+        else:
+            raise CaptureError(
+                f"the model writes to {spec.target!r} in place ({spec.kind.name}); daggc keeps changes of buffers "
+                "only: clone an input before writing to it, and change parameters through an optimizer"
+            )
+    for value, target in changed:
+        importer.b.output(value, "buffer", target)
+
+
+def dense(tensor: torch.Tensor) -> Dense:
+    """A constant of the program's text."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    return Dense(ir_type(tensor), data)
+
+
+class _Importer:
+    """Walks fx nodes, emitting IR; keeps the value (or tuple of values) of each node."""
+
+    def __init__(self, b: Builder, root: torch.nn.Module) -> None:
+        self.b = b
+        self.root = root
+        self.values: dict[fx.Node, Any] = {}
+
+    def value(self, node: Any) -> Value:
+        value = self.values[node]
+        if not isinstance(value, Value):
+            raise CaptureError(f"the model returns {node}, which is not a tensor")
+        return value
+
+    def nodes(self, module: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+        for node in module.graph.nodes:
+            if node.op == "call_function":
+                path, source = provenance(node)
+                with self.b.at(path, source):
+                    try:
+                        values[node] = self.call(module, node)
+                    except IRError as wrong:
+                        raise CaptureError(located(f"{node.target}: {wrong}", path, source)) from wrong
+            elif node.op == "get_attr":
+                values[node] = _attribute(module, str(node.target))
+
+    def call(self, module: fx.GraphModule, node: fx.Node) -> Any:
+        """Import one call; returns its value or values."""
+        target = node.target
+        args = [self.argument(arg) for arg in node.args]
+        kwargs = {key: self.argument(arg) for key, arg in node.kwargs.items()}
+        if target is operator.getitem:
+            return args[0][args[1]]
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self.inline(target.name(), args)
+        if not isinstance(target, torch._ops.OpOverload):
+            raise CaptureError(located(f"{target} is not an operation on tensors", *provenance(node)))
+        if target._schema.name.split("::")[1] in _CHECKS:
+            return None
+        if target is torch.ops.daggc.stop_gradient.default:
+            return self.b.emit("stop_gradient", *args)
+        if target is torch.ops.daggc.python_call.default:
+            return self.python_call(node, *args)
+        results = self.portable(target, args, kwargs)
+        if results is None:
+            results = self.torch_call(node, target)
+        self.check(node, results)
+        return results
+
+    def portable(self, target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Through an importer of the op table, or None if there is none that takes this form of the op."""
+        namespace, name = target._schema.name.split("::")
+        importer = REGISTRY.importers.get(f"{name}.{target._overloadname}") if namespace == "aten" else None
+        if importer is None:
+            return None
+        try:
+            return importer(self.b, *args, **kwargs)
+        except (TypeRuleError, NotImplementedError):
+            return None
+
+    def torch_call(self, node: fx.Node, target: torch._ops.OpOverload) -> Any:
+        """Through the door: torch runs the op, and its derivative, on the worker."""
+        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            raise CaptureError(
+                located(f"{target} is random or writes to its inputs, and daggc has no op for it", *provenance(node))
+            )
+        tensors: list[Value] = []
+        positional = [self.encode(arg, tensors) for arg in node.args]
+        named = [[key, self.encode(arg, tensors)] for key, arg in node.kwargs.items() if key not in _PLACEMENT]
+        metas = node.meta["val"]
+        types = [ir_type(meta) for meta in (metas if isinstance(metas, tuple | list) else (metas,))]
+        name = f"{target._schema.name.replace('::', '.')}.{target._overloadname or 'default'}"
+        results = self.b.emit_many("torch.call", *tensors, target=name, args=(positional, named), **declare(types))
+        return results if isinstance(metas, tuple | list) else results[0]
+
+    def python_call(self, node: fx.Node, target: str, spec: str, inputs: Sequence[Value]) -> Any:
+        types = [ir_type(meta) for meta in node.meta["val"]]
+        return self.b.emit_many("python.call", *inputs, target=target, args=json.loads(spec), **declare(types))
+
+    def inline(self, name: str, args: list[Any]) -> Any:
+        """``torch.no_grad`` and disabled autocast regions: their body in place."""
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *operands = args
+        elif name == "wrap_with_autocast" and args[2] is False:
+            _, _, _, _, body, *operands = args
+            enabled = True
+        else:
+            raise CaptureError(f"higher-order op {name} cannot be captured; take it out of the model")
+        values: dict[fx.Node, Any] = {}
+        placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+        values.update(zip(placeholders, operands, strict=True))
+        outer, self.values = self.values, values
+        try:
+            self.nodes(body, values)
+            (output,) = (node for node in body.graph.nodes if node.op == "output")
+            results = [None if node is None else values[node] for node in output.args[0]]
+        finally:
+            self.values = outer
+        if not enabled:
+            results = [
+                self.b.emit("stop_gradient", value) if isinstance(value, Value) and value.type.differentiable else value
+                for value in results
+            ]
+        return tuple(results)
+
+    def argument(self, arg: Any) -> Any:
+        """An fx argument as an importer takes it."""
+        if isinstance(arg, fx.Node):
+            return self.values[arg]
+        if isinstance(arg, list | tuple):
+            return [self.argument(item) for item in arg]
+        if isinstance(arg, torch.dtype):
+            return ir_dtype(arg)
+        if isinstance(arg, torch.device | torch.layout | torch.memory_format):
+            return None
+        return arg
+
+    def encode(self, arg: Any, tensors: list[Value]) -> Any:
+        """An fx argument as plain data; tensors become ``%0``, ``%1``, ..."""
+        if isinstance(arg, fx.Node):
+            tensors.append(self.value(arg))
+            return f"%{len(tensors) - 1}"
+        if isinstance(arg, list | tuple):
+            return [self.encode(item, tensors) for item in arg]
+        if isinstance(arg, torch.device):
+            return None
+        return str(arg) if isinstance(arg, torch.dtype | torch.layout | torch.memory_format) else arg
+
+    def check(self, node: fx.Node, results: Any) -> None:
+        """Refuse an import whose types are not the ones torch computed: nothing may change silently."""
+        metas = node.meta.get("val")
+        pairs = zip(results, metas, strict=False) if isinstance(metas, tuple | list) else ((results, metas),)
+        for value, meta in pairs:
+            if isinstance(value, Value) and isinstance(meta, torch.Tensor) and meta.dtype in FROM_TORCH:
+                expected = ir_type(meta)
+                if value.type != expected:
+                    raise CaptureError(
+                        located(f"{node.target} was imported as {value.type}, it is {expected}", *provenance(node))
+                    )
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def provenance(node: fx.Node) -> tuple[str, str]:
+    """The user's module path and source line of an fx node; empty where unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = _strip(list(stack.values())[-1][0]) if stack else ""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for filename, line in reversed(frames):
+        if is_user_file(filename):
+            return path, short_source(filename, int(line))
+    return path, ""
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether a source file is the user's (or a model library's) rather than torch's or ours."""
+    return not any(mark in filename for mark in ("/torch/", "/daggc/frontend/", "<"))
+
+
+def short_source(filename: str, line: int) -> str:
+    """``folder/file.py:12``: short, and the same on every machine."""
+    return "/".join(filename.split("/")[-2:]) + f":{line}"

@@ -1,0 +1,106 @@
+"""Arguments and results of a model, taken apart into tensors and put together again.
+
+Unlike ``torch.utils._pytree`` this needs no registration: dataclasses, named tuples, transformers'
+``ModelOutput`` and any object that holds tensors in its attributes (a key-value cache) are containers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from daggc.errors import CaptureError
+from daggc.ir.tree import LEAF, Tree
+
+Rebuild = Callable[[Iterator[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A structure without its tensors: ``tree`` as data, ``rebuild(leaves)`` as Python objects."""
+
+    tree: Tree
+    rebuild: Rebuild
+
+
+def flatten(value: Any) -> tuple[list[torch.Tensor], Spec]:
+    """The tensors of a structure, in order, and the rest of it. Raises CaptureError for a cyclic structure."""
+    leaves: list[torch.Tensor] = []
+    return leaves, _flatten(value, leaves, ())
+
+
+def _flatten(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return Spec(LEAF, next)
+    if value is None or isinstance(value, bool | int | float | str):
+        return Spec(Tree("const", value=value), lambda _: value)
+    if id(value) in above:
+        raise CaptureError(f"an argument or result contains itself: a {type(value).__name__} inside itself")
+    above = (*above, id(value))
+    if isinstance(value, list | tuple):
+        return _flatten_sequence(value, leaves, above)
+    if isinstance(value, Mapping):
+        return _flatten_mapping(value, leaves, above)
+    return _flatten_object(value, leaves, above)
+
+
+def _flatten_sequence(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
+    parts = [_flatten(item, leaves, above) for item in value]
+    children = tuple(part.tree for part in parts)
+    kind = type(value)
+    if hasattr(value, "_fields"):  # a named tuple
+        tree = Tree("object", children, tuple(value._fields), f"{kind.__module__}:{kind.__qualname__}")
+        return Spec(tree, lambda tensors: kind(*(part.rebuild(tensors) for part in parts)))
+    container = list if isinstance(value, list) else tuple
+    return Spec(Tree(container.__name__, children), lambda tensors: container(p.rebuild(tensors) for p in parts))
+
+
+def _flatten_mapping(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
+    if not all(isinstance(key, str | int) for key in value) or len({str(key) for key in value}) != len(value):
+        raise CaptureError(f"keys of a dict in arguments or results are distinct strings or ints, got {list(value)[:5]}")
+    parts = {key: _flatten(item, leaves, above) for key, item in value.items()}
+    children = tuple(part.tree for part in parts.values())
+    keys = tuple(map(str, parts))
+    kind = type(value)
+    if kind is dict:
+        tree = Tree("dict", children, keys)
+    else:  # OrderedDict, BatchEncoding, ModelOutput: rebuilt from keywords or from a dict
+        tree = Tree("object", children, keys, f"{kind.__module__}:{kind.__qualname__}")
+    by_keyword = hasattr(kind, "__dataclass_fields__")
+
+    def rebuild(tensors: Iterator[Any]) -> Any:
+        items = {key: part.rebuild(tensors) for key, part in parts.items()}
+        return kind(**items) if by_keyword else kind(items)
+
+    return Spec(tree, rebuild)
+
+
+def _flatten_object(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
+    """An object whose attributes hold tensors is a container; any other is a constant."""
+    kind = type(value)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    constant = Spec(Tree("const", value=name), lambda _: value)
+    if not hasattr(value, "__dict__") or isinstance(value, torch.nn.Module | type) or callable(value):
+        return constant
+    before = len(leaves)
+    parts = {key: _flatten(item, leaves, above) for key, item in vars(value).items()}
+    if len(leaves) == before:
+        return constant
+
+    def rebuild(tensors: Iterator[Any]) -> Any:
+        made = copy.copy(value)
+        for key, part in parts.items():
+            object.__setattr__(made, key, part.rebuild(tensors))
+        return made
+
+    return Spec(Tree("object", tuple(part.tree for part in parts.values()), tuple(parts), name), rebuild)
+
+
+def input_names(tree: Tree) -> list[str]:
+    """Names of the leaves of ``(args, kwargs)``: ``0`` for the first argument, ``labels`` for a keyword."""
+    return [path.partition(".")[2] for path in tree.leaf_paths()]

@@ -1,0 +1,491 @@
+"""Activations that have a fast torch kernel of their own, each with its backward op of the same grain.
+
+Most are one line of a table: what the function and its derivative are in NumPy, and the derivative as IR,
+from which higher derivatives follow. Those that torch itself composes (``selu``, ``glu``, ``clamp``, ...)
+are composed by importers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from daggc.ir.attrs import Attr, Attrs
+from daggc.ir.builder import Builder
+from daggc.ir.graph import Node, Value
+from daggc.ir.types import TensorType
+from daggc.ops.build import (
+    Operand,
+    broadcast,
+    broadcast_together,
+    cast,
+    mul,
+    neg,
+    norm_dim,
+    reshape,
+    result_dtype,
+    scale,
+)
+from daggc.ops.elementwise import unary
+from daggc.ops.opdef import (
+    BY_DECOMPOSITION,
+    Arg,
+    Importer,
+    OpDef,
+    Sample,
+    elementwise_cost,
+    register,
+    require,
+    same_axes,
+    scalar,
+    t,
+    upcast,
+)
+
+_SIXTH = float(np.float32(1 / 6))  # hardsigmoid_backward of torch has this constant in f32, for f64 too
+
+
+def _infer(count: int, names: Sequence[str]) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
+    def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+        require(len(inputs) == count, f"{count} inputs are required, got {len(inputs)}")
+        require(len(set(inputs)) == 1, "inputs of one type are required")
+        require(inputs[0].is_float, f"a float tensor is required, got {inputs[0]}")
+        for name in names:
+            require(attrs[name] is not None, f"{name} is required")
+        return (inputs[0],)
+
+    return infer
+
+
+def _importer(name: str, defaults: Mapping[str, Attr]) -> Importer:
+    """Attributes are given in the order of ATen's arguments, which is that of ``defaults``, or by name."""
+
+    def importer(b: Builder, x: Value, *given: Attr, **named: Any) -> Value:
+        attrs: dict[str, Any] = dict(defaults)
+        attrs.update(zip(defaults, given, strict=False))
+        attrs.update((key, value) for key, value in named.items() if key in defaults)
+        for key, value in attrs.items():
+            attrs[key] = value if isinstance(value, str) else float(value)
+        return b.emit(name, x, **attrs)
+
+    return importer
+
+
+def _register_pair(
+    name: str,
+    forward: Callable[..., np.ndarray],
+    slope: Callable[..., np.ndarray],
+    lower: str,
+    lower_backward: str,
+    *,
+    slope_ir: Callable[[Builder, Node, Value], Value],
+    defaults: Mapping[str, Attr] | None = None,
+    others: Sequence[Mapping[str, Attr]] = (),
+    flops: float = 8,
+    domain: str = "real",
+    from_output: bool = False,
+    aten: Mapping[str, Importer] | None = None,
+) -> None:
+    """Register ``name(x) {attrs}`` and ``name_backward(ct, x) {attrs}``, or ``(ct, y)`` if ``from_output``.
+
+    Args:
+        forward, slope: ``(array, attrs) -> array``; the slope is taken at x, or at y if ``from_output``.
+        lower, lower_backward: format strings of the arguments ``{0}``, ``{1}`` and the attributes.
+        slope_ir: the slope as differentiable IR; ``node`` has the attributes.
+        defaults: the attributes in the order of ATen's arguments; ``others``: more attributes to sample.
+        aten: importers beside ``{name}.default``.
+    """
+    defaults = defaults or {}
+
+    def vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
+        assert cts[0] is not None
+        kept = node.output if from_output else node.inputs[0]
+        return (b.emit(f"{name}_backward", cts[0], kept, **node.attrs),)
+
+    def fill(template: str) -> Callable[[Node, Sequence[str]], str]:
+        return lambda node, args: template.format(*args, **{k: _text(v) for k, v in node.attrs.items()})
+
+    samples = [Sample((Arg(t(*shape), domain),), attrs) for attrs in (defaults, *others) for shape in ((3, 4), ())]
+    register(
+        OpDef(
+            name=name,
+            infer=_infer(1, tuple(defaults)),
+            evaluate=upcast(lambda node, x: forward(x, node.attrs)),
+            vjp=vjp,
+            cost=elementwise_cost(flops),
+            axes=same_axes,
+            lower=fill(lower),
+            aten={f"{name}.default": _importer(name, defaults), **(aten or {})},
+            samples=tuple(samples),
+        )
+    )
+    register(
+        OpDef(
+            name=f"{name}_backward",
+            infer=_infer(2, tuple(defaults)),
+            evaluate=upcast(lambda node, ct, kept: ct * slope(kept, node.attrs)),
+            vjp=BY_DECOMPOSITION,
+            cost=elementwise_cost(flops + 2),
+            axes=same_axes,
+            lower=fill(lower_backward),
+            aten={},
+            samples=tuple(Sample((Arg(one.inputs[0].type), *one.inputs), one.attrs) for one in samples),
+            decompose=lambda b, node, ct, kept: (mul(b, ct, slope_ir(b, node, kept)),),
+        )
+    )
+
+
+def _to_float(b: Builder, x: Value) -> Value:
+    return x if x.type.differentiable else cast(b, x, "f32")
+
+
+def _text(value: Attr) -> str:
+    return repr(value) if isinstance(value, str) else scalar(value)
+
+
+# --- helpers of slopes as IR --------------------------------------------------------------------------
+
+
+def _plus(b: Builder, x: Value, value: float) -> Value:
+    return b.emit("add_scalar", x, value=value)
+
+
+def _one_minus(b: Builder, x: Value) -> Value:
+    return _plus(b, neg(b, x), 1.0)
+
+
+def _mask(b: Builder, relation: str, x: Value, value: float) -> Value:
+    """1 where ``x relation value``, else 0, in x's dtype."""
+    return cast(b, b.emit(f"{relation}_scalar", x, value=value), x.type.dtype)
+
+
+def _within(b: Builder, x: Value, low: float, high: float) -> Value:
+    """1 strictly between the bounds, else 0."""
+    return mul(b, _mask(b, "gt", x, low), _mask(b, "lt", x, high))
+
+
+def _ones(b: Builder, x: Value) -> Value:
+    return b.emit("full", value=1.0, shape=x.type.shape, dtype=x.type.dtype)
+
+
+# --- what torch composes ------------------------------------------------------------------------------
+
+
+def _import_relu(b: Builder, x: Value) -> Value:
+    return b.emit("relu", x) if x.type.is_float else b.emit("maximum_scalar", x, value=0)
+
+
+def _import_threshold(b: Builder, x: Value, threshold: float, value: float) -> Value:
+    return b.emit("where_scalar", b.emit("gt_scalar", x, value=threshold), x, value=value)
+
+
+def _import_prelu(b: Builder, x: Value, weight: Value) -> Value:
+    """One slope for all elements, or one for each channel (axis 1)."""
+    if weight.type.rank != x.type.rank:
+        shape = [1] * x.type.rank
+        if weight.type.numel > 1:
+            shape[1] = weight.type.numel
+        weight = reshape(b, weight, shape)
+    weight = broadcast(b, weight, x.type.shape)
+    return b.emit("where", b.emit("gt_scalar", x, value=0.0), x, mul(b, weight, x))
+
+
+def _import_glu(b: Builder, x: Value, dim: int = -1) -> Value:
+    axis = norm_dim(dim, x.type.rank)
+    half = x.type.shape[axis] // 2
+    require(x.type.shape[axis] % 2 == 0, f"glu halves an axis of even size, got {x.type} and axis {axis}")
+    first = b.emit("slice", x, dim=axis, start=0, end=half, step=1)
+    second = b.emit("slice", x, dim=axis, start=half, end=2 * half, step=1)
+    return mul(b, first, b.emit("sigmoid", second))
+
+
+def _import_logit(b: Builder, x: Value, eps: float | None = None) -> Value:
+    x = _to_float(b, x)
+    if eps is not None:
+        x = _import_clamp(b, x, eps, 1 - eps)
+    return b.emit("log", b.emit("div", x, _one_minus(b, x)))
+
+
+def _import_clamp(b: Builder, x: Value, low: Operand | None = None, high: Operand | None = None) -> Value:
+    """Bounds that are numbers or tensors; the cotangent at a bound goes to x, as in torch."""
+    bounds = [bound for bound in (low, high) if bound is not None]
+    x = cast(b, x, result_dtype(x, *bounds))
+    for bound, relation, scalar_op in ((low, "lt", "maximum_scalar"), (high, "gt", "minimum_scalar")):
+        if isinstance(bound, Value):
+            # maximum and minimum would share the cotangent of ties in halves, which clamp does not.
+            bound, x = broadcast_together(b, cast(b, bound, x.type.dtype), x)
+            taken = b.emit(relation, x, bound)
+            if x.type.is_float:
+                taken = b.emit("logical_or", taken, b.emit("isnan", bound))
+            x = b.emit("where", taken, bound, x)
+        elif bound is not None:
+            x = b.emit(scalar_op, x, value=bound)
+    return x
+
+
+def _import_clamp_max(b: Builder, x: Value, high: Operand) -> Value:
+    return _import_clamp(b, x, None, high)
+
+
+unary("square", np.square, lambda b, node, ct: mul(b, ct, scale(b, node.inputs[0], 2.0)), to_float=False)
+
+# --- relu, sigmoid, tanh: slopes from the result ------------------------------------------------------
+
+_register_pair(
+    "relu",
+    lambda x, attrs: np.maximum(x, 0),
+    lambda y, attrs: (y > 0).astype(y.dtype),
+    "torch.relu({0})",
+    "torch.ops.aten.threshold_backward({0}, {1}, 0)",
+    slope_ir=lambda b, node, y: _mask(b, "gt", y, 0.0),
+    flops=1,
+    domain="nonzero",
+    from_output=True,
+    aten={"relu.default": _import_relu, "threshold.default": _import_threshold},
+)
+_register_pair(
+    "sigmoid",
+    lambda x, attrs: special.expit(x),
+    lambda y, attrs: (1 - y) * y,
+    "torch.sigmoid({0})",
+    "torch.ops.aten.sigmoid_backward({0}, {1})",
+    slope_ir=lambda b, node, y: mul(b, _one_minus(b, y), y),
+    from_output=True,
+    aten={
+        "sigmoid.default": lambda b, x: b.emit("sigmoid", _to_float(b, x)),
+        "glu.default": _import_glu,
+        "logit.default": _import_logit,
+    },
+)
+_register_pair(
+    "tanh",
+    lambda x, attrs: np.tanh(x),
+    lambda y, attrs: 1 - y * y,
+    "torch.tanh({0})",
+    "torch.ops.aten.tanh_backward({0}, {1})",
+    slope_ir=lambda b, node, y: _one_minus(b, mul(b, y, y)),
+    from_output=True,
+    aten={"tanh.default": lambda b, x: b.emit("tanh", _to_float(b, x))},
+)
+
+# --- gelu, silu, mish, softplus, log_sigmoid ----------------------------------------------------------
+
+_CUBIC = 0.044715
+_ROOT = math.sqrt(2 / math.pi)
+
+
+def _gelu(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    if attrs["approximate"] == "tanh":
+        return 0.5 * x * (1 + np.tanh(_ROOT * (x + _CUBIC * x**3)))
+    return x * 0.5 * (1 + special.erf(x / math.sqrt(2)))
+
+
+def _gelu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    if attrs["approximate"] == "tanh":
+        tanh = np.tanh(_ROOT * (x + _CUBIC * x**3))
+        return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * _ROOT * (1 + 3 * _CUBIC * x * x)
+    return 0.5 * (1 + special.erf(x / math.sqrt(2))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    square = mul(b, x, x)
+    if node.attrs["approximate"] == "tanh":
+        inner = mul(b, x, _plus(b, scale(b, square, _CUBIC), 1.0))
+        tanh = b.emit("tanh", scale(b, inner, _ROOT))
+        inner_slope = scale(b, _plus(b, scale(b, square, 3 * _CUBIC), 1.0), _ROOT)
+        right = mul(b, scale(b, x, 0.5), mul(b, _one_minus(b, mul(b, tanh, tanh)), inner_slope))
+        return b.emit("add", scale(b, _plus(b, tanh, 1.0), 0.5), right)
+    distribution = scale(b, _plus(b, b.emit("erf", scale(b, x, 1 / math.sqrt(2))), 1.0), 0.5)
+    density = scale(b, b.emit("exp", scale(b, square, -0.5)), 1 / math.sqrt(2 * math.pi))
+    return b.emit("add", distribution, mul(b, x, density))
+
+
+def _silu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    sigmoid = special.expit(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+def _silu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    sigmoid = b.emit("sigmoid", x)
+    return mul(b, sigmoid, _plus(b, mul(b, x, _one_minus(b, sigmoid)), 1.0))
+
+
+def _mish_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    tanh = np.tanh(np.logaddexp(0, x))
+    return tanh + x * special.expit(x) * (1 - tanh * tanh)
+
+
+def _mish_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    tanh = b.emit("tanh", b.emit("softplus", x, beta=1.0, threshold=20.0))
+    return b.emit("add", tanh, mul(b, mul(b, x, b.emit("sigmoid", x)), _one_minus(b, mul(b, tanh, tanh))))
+
+
+def _softplus(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    beta, threshold = attrs["beta"], attrs["threshold"]
+    return np.where(x * beta > threshold, x, np.logaddexp(0, x * beta) / beta)
+
+
+def _softplus_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    return np.where(x * attrs["beta"] > attrs["threshold"], 1, special.expit(x * attrs["beta"]))
+
+
+def _softplus_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    scaled = scale(b, x, node.attrs["beta"])
+    return b.emit("where", b.emit("gt_scalar", scaled, value=node.attrs["threshold"]), _ones(b, x),
+                  b.emit("sigmoid", scaled))  # fmt: skip
+
+
+_register_pair(
+    "gelu",
+    _gelu,
+    _gelu_slope,
+    "torch.nn.functional.gelu({0}, approximate={approximate})",
+    "torch.ops.aten.gelu_backward({0}, {1}, approximate={approximate})",
+    slope_ir=_gelu_slope_ir,
+    defaults={"approximate": "none"},
+    others=({"approximate": "tanh"},),
+    flops=20,
+)
+_register_pair(
+    "silu",
+    lambda x, attrs: x * special.expit(x),
+    _silu_slope,
+    "torch.nn.functional.silu({0})",
+    "torch.ops.aten.silu_backward({0}, {1})",
+    slope_ir=_silu_slope_ir,
+    flops=10,
+)
+_register_pair(
+    "mish",
+    lambda x, attrs: x * np.tanh(np.logaddexp(0, x)),
+    _mish_slope,
+    "torch.nn.functional.mish({0})",
+    "torch.ops.aten.mish_backward({0}, {1})",
+    slope_ir=_mish_slope_ir,
+    flops=25,
+)
+_register_pair(
+    "softplus",
+    _softplus,
+    _softplus_slope,
+    "torch.nn.functional.softplus({0}, {beta}, {threshold})",
+    "torch.ops.aten.softplus_backward({0}, {1}, {beta}, {threshold})",
+    slope_ir=_softplus_slope_ir,
+    defaults={"beta": 1.0, "threshold": 20.0},
+    others=({"beta": 2.5, "threshold": 1.0},),
+    flops=16,
+)
+_register_pair(
+    "log_sigmoid",
+    lambda x, attrs: -np.logaddexp(0, -x),
+    lambda x, attrs: special.expit(-x),
+    "torch.nn.functional.logsigmoid({0})",
+    "kernels.log_sigmoid_backward({0}, {1})",
+    slope_ir=lambda b, node, x: b.emit("sigmoid", neg(b, x)),
+    flops=16,
+    aten={"log_sigmoid_forward.default": lambda b, x: (b.emit("log_sigmoid", x), None)},
+)
+
+# --- piecewise linear and exponential -----------------------------------------------------------------
+
+
+def _elu(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    negative = np.expm1(np.minimum(x, 0) * attrs["input_scale"]) * (attrs["alpha"] * attrs["scale"])
+    return np.where(x < 0, negative, x * attrs["scale"])
+
+
+def _elu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    factor = attrs["alpha"] * attrs["scale"] * attrs["input_scale"]
+    return np.where(x <= 0, np.exp(np.minimum(x, 0) * attrs["input_scale"]) * factor, attrs["scale"])
+
+
+def _elu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    alpha, outer, inner = (node.attrs[name] for name in ("alpha", "scale", "input_scale"))
+    # The exponential of large positive numbers, which are not chosen below, would be inf and its slope nan.
+    exponential = b.emit("exp", scale(b, b.emit("minimum_scalar", x, value=0.0), inner))
+    negative = scale(b, exponential, alpha * outer * inner)
+    return b.emit("where", b.emit("le_scalar", x, value=0.0), negative, scale(b, _ones(b, x), outer))
+
+
+def _leaky_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    ones = _ones(b, x)
+    return b.emit("where", b.emit("gt_scalar", x, value=0.0), ones, scale(b, ones, node.attrs["negative_slope"]))
+
+
+def _hardswish_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
+    return np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1))
+
+
+def _hardswish_slope_ir(b: Builder, node: Node, x: Value) -> Value:
+    ramp = _plus(b, b.emit("div_scalar", x, value=3.0), 0.5)
+    return b.emit("add", mul(b, ramp, _within(b, x, -3.0, 3.0)), _mask(b, "ge", x, 3.0))
+
+
+_register_pair(
+    "elu",
+    _elu,
+    _elu_slope,
+    "torch.ops.aten.elu({0}, {alpha}, {scale}, {input_scale})",
+    "torch.ops.aten.elu_backward({0}, {alpha}, {scale}, {input_scale}, False, {1})",
+    slope_ir=_elu_slope_ir,
+    defaults={"alpha": 1.0, "scale": 1.0, "input_scale": 1.0},
+    others=({"alpha": 0.7, "scale": 1.5, "input_scale": 2.0},),
+    domain="nonzero",
+    aten={
+        "selu.default": lambda b, x: b.emit(
+            "elu", x, alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946, input_scale=1.0
+        ),
+        "celu.default": lambda b, x, alpha=1.0: b.emit(
+            "elu", x, alpha=float(alpha), scale=1.0, input_scale=1 / float(alpha)
+        ),
+    },
+)
+_register_pair(
+    "leaky_relu",
+    lambda x, attrs: np.where(x > 0, x, x * attrs["negative_slope"]),
+    lambda x, attrs: np.where(x > 0, 1, attrs["negative_slope"]),
+    "torch.nn.functional.leaky_relu({0}, {negative_slope})",
+    "torch.ops.aten.leaky_relu_backward({0}, {1}, {negative_slope}, False)",
+    slope_ir=_leaky_slope_ir,
+    defaults={"negative_slope": 0.01},
+    flops=2,
+    domain="nonzero",
+    aten={"prelu.default": _import_prelu, "_prelu_kernel.default": _import_prelu},
+)
+_register_pair(
+    "hardtanh",
+    lambda x, attrs: np.clip(x, attrs["min_val"], attrs["max_val"]),
+    lambda x, attrs: (x > attrs["min_val"]) & (x < attrs["max_val"]),
+    "torch.nn.functional.hardtanh({0}, {min_val}, {max_val})",
+    "torch.ops.aten.hardtanh_backward({0}, {1}, {min_val}, {max_val})",
+    slope_ir=lambda b, node, x: _within(b, x, node.attrs["min_val"], node.attrs["max_val"]),
+    defaults={"min_val": -1.0, "max_val": 1.0},
+    flops=2,
+    aten={
+        "relu6.default": lambda b, x: b.emit("hardtanh", x, min_val=0.0, max_val=6.0),
+        **dict.fromkeys(("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor"), _import_clamp),
+        **dict.fromkeys(("clamp_max.default", "clamp_max.Tensor"), _import_clamp_max),
+    },
+)
+_register_pair(
+    "hardswish",
+    lambda x, attrs: x * np.clip(x + 3, 0, 6) / 6,
+    _hardswish_slope,
+    "torch.nn.functional.hardswish({0})",
+    "torch.ops.aten.hardswish_backward({0}, {1})",
+    slope_ir=_hardswish_slope_ir,
+    flops=4,
+)
+_register_pair(
+    "hardsigmoid",
+    lambda x, attrs: np.clip(x + 3, 0, 6) / 6,
+    lambda x, attrs: ((x > -3) & (x < 3)) * x.dtype.type(_SIXTH),
+    "torch.nn.functional.hardsigmoid({0})",
+    "torch.ops.aten.hardsigmoid_backward({0}, {1})",
+    slope_ir=lambda b, node, x: scale(b, _within(b, x, -3.0, 3.0), _SIXTH),
+    flops=3,
+)

@@ -1,0 +1,8 @@
+"""Passes: functions from programs to programs, each in a file of its own.
+
+Importing this package registers every pass, so that pipelines know their names.
+"""
+
+from daggc.passes import canonicalize, cse, dce, fold, vjp
+
+__all__ = ["canonicalize", "cse", "dce", "fold", "vjp"]

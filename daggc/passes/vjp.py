@@ -1,0 +1,198 @@
+"""Reverse-mode differentiation: from ``@forward`` to one joint graph of primals and cotangents, then split.
+
+For each node, last to first, its op's VJP rule emits ordinary IR that turns the cotangents of its outputs
+into cotangents of its inputs; contributions to one value are added in :func:`_accumulate` and nowhere else.
+The result is ordinary IR, so it can be differentiated again: ``vjp(vjp(p))`` joins ``@forward`` and
+``@backward`` first and differentiates both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from daggc.errors import DifferentiationError, IRError, located
+from daggc.ir.builder import Builder
+from daggc.ir.graph import Graph, Node, Port, Program, Value
+from daggc.ops import REGISTRY
+from daggc.ops.opdef import NOT_DIFFERENTIABLE, Derivative
+from daggc.passes.canonicalize import simplify_nodes
+from daggc.passes.cse import merge_equal
+from daggc.passes.dce import eliminate
+from daggc.passes.manager import Pass, register_pass, same_ports
+from daggc.passes.split import join, split
+
+DIFFERENTIATED_OUTPUTS = ("output", "grad")
+WRT = {
+    "all": ("param", "input", "cotangent"),
+    "params": ("param",),
+    "inputs": ("input", "cotangent"),
+}
+
+
+def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
+    """The joint graph: ``forward``'s nodes, then those of its VJP.
+
+    Args:
+        wrt: refs of input ports (``param:fc.weight``, ``input:0``) to differentiate with respect to; by
+            default all parameters, inputs and cotangents of a differentiable dtype.
+
+    Returns:
+        A graph with a ``cotangent`` input for each output that depends on ``wrt`` and, beside forward's
+        outputs, a ``grad`` output for each port of ``wrt`` that reaches an output.
+    """
+    b = REGISTRY.builder(forward.name)
+    b.reserve(value.name for value in forward.values())
+    values = {port.value.name: b.adopt(port) for port in forward.inputs}
+    nodes: list[Node] = []
+    for node in forward.nodes:
+        marked = node if node.origin else replace(node, origin=node.outputs[0].name)
+        values.update(zip((v.name for v in node.outputs), b.append(marked, node.inputs), strict=True))
+        nodes.append(marked)
+    chosen = _chosen(forward, wrt)
+    active = _active_values(nodes, {port.value.name for port in chosen})
+    cotangents: dict[str, Value] = {}
+    refs = {port.ref for port in forward.inputs}
+    for port in forward.outputs:
+        if port.kind in DIFFERENTIATED_OUTPUTS and port.value.name in active:
+            target = _unused(refs, "cotangent", port.ref)
+            ct = b.input(port.value.type, "cotangent", target, name=f"ct_{port.value.name}")
+            _accumulate(b, cotangents, port.value, ct)
+    _reverse(b, nodes, cotangents, active)
+    for port in forward.outputs:
+        b.output(values[port.value.name], port.kind, port.target)
+    taken = {port.ref for port in forward.outputs}
+    for port in chosen:
+        if port.value.name in cotangents:
+            b.output(cotangents[port.value.name], "grad", _unused(taken, "grad", port.ref))
+    return b.build()
+
+
+def _chosen(forward: Graph, wrt: Iterable[str] | None) -> list[Port]:
+    if wrt is None:
+        return [port for port in forward.inputs_of(*WRT["all"]) if port.value.type.differentiable]
+    wanted = set(wrt)
+    unknown = wanted - {port.ref for port in forward.inputs if port.value.type.differentiable}
+    if unknown:
+        raise DifferentiationError(f"@{forward.name} has no differentiable inputs {', '.join(sorted(unknown))}")
+    return [port for port in forward.inputs if port.ref in wanted]
+
+
+def _unused(refs: set[str], kind: str, target: str) -> str:
+    """A target whose ref is new; a second derivative's cotangents get a prime."""
+    while f"{kind}:{target}" in refs:
+        target += "'"
+    refs.add(f"{kind}:{target}")
+    return target
+
+
+def _active_values(nodes: Sequence[Node], roots: set[str]) -> set[str]:
+    """Names of values that depend differentiably on the roots."""
+    active = set(roots)
+    for node in nodes:
+        if REGISTRY[node.op].vjp is NOT_DIFFERENTIABLE:
+            continue
+        if any(value.name in active for value in node.inputs):
+            active.update(value.name for value in node.outputs if value.type.differentiable)
+    return active
+
+
+def _reverse(b: Builder, nodes: Sequence[Node], cotangents: dict[str, Value], active: set[str]) -> None:
+    """Walk nodes last to first, adding to ``cotangents`` (by name of the primal value)."""
+    for node in reversed(nodes):
+        cts = [cotangents.get(value.name) for value in node.outputs]
+        if all(ct is None for ct in cts) or not any(value.name in active for value in node.inputs):
+            continue
+        with b.at(node.path, node.source, node.origin):
+            for value, ct in zip(node.inputs, _pull_back(b, node, cts, active), strict=True):
+                if ct is not None and value.name in active:
+                    if ct.type != value.type:
+                        raise DifferentiationError(
+                            located(
+                                f"the VJP rule of {node.op!r} gave a {ct.type} for an input of type {value.type}",
+                                node.path,
+                                node.source,
+                            )
+                        )
+                    _accumulate(b, cotangents, value, ct)
+
+
+def _pull_back(b: Builder, node: Node, cts: Sequence[Value | None], active: set[str]) -> Sequence[Value | None]:
+    """Cotangents of a node's inputs, by its op's rule."""
+    op = REGISTRY[node.op]
+    if not isinstance(op.vjp, Derivative):
+        return op.vjp(b, node, cts)
+    if op.vjp is NOT_DIFFERENTIABLE:
+        return [None] * len(node.inputs)
+    assert op.decompose is not None, "OpDef requires it for BY_DECOMPOSITION"
+    start = len(b.nodes)
+    outputs = op.decompose(b, node, *node.inputs)
+    inner = list(b.nodes[start:])
+    inner_cotangents: dict[str, Value] = {}
+    for value, ct in zip(outputs, cts, strict=True):
+        if ct is not None:
+            _accumulate(b, inner_cotangents, value, ct)
+    roots = {value.name for value in node.inputs if value.name in active}
+    _reverse(b, inner, inner_cotangents, _active_values(inner, roots))
+    # An input given twice has one entry for both uses; hand it over once.
+    first_use = {value.name: index for index, value in reversed(list(enumerate(node.inputs)))}
+    return [
+        inner_cotangents.get(value.name) if first_use[value.name] == index else None
+        for index, value in enumerate(node.inputs)
+    ]
+
+
+def _accumulate(b: Builder, cotangents: dict[str, Value], primal: Value, ct: Value) -> None:
+    known = cotangents.get(primal.name)
+    cotangents[primal.name] = ct if known is None else b.emit("add", known, ct)
+
+
+def simplify(graph: Graph) -> Graph:
+    """What is run on a joint graph before it is split."""
+    return eliminate(merge_equal(simplify_nodes(graph)))
+
+
+def vjp(program: Program, wrt: Iterable[str] | None = None) -> Program:
+    """Add ``@backward`` to a program; on one that has it, differentiate both graphs together.
+
+    Args:
+        wrt: refs of the inputs to differentiate with respect to; see :func:`differentiate`.
+
+    Raises:
+        DifferentiationError: ``wrt`` names an input that is not there or not differentiable, or no output
+            depends on it.
+    """
+    graphs: Mapping[str, Graph] = program.graphs
+    forward = join(graphs["forward"], graphs["backward"]) if "backward" in graphs else program.forward
+    joint = simplify(differentiate(forward, wrt))
+    if len(joint.inputs) == len(forward.inputs):
+        raise DifferentiationError("no output of @forward depends differentiably on what was asked for")
+    out_tree = None if "backward" in graphs else program.out_tree
+    base = replace(program, graphs={}, out_tree=out_tree)
+    return base.with_graphs(*split(joint, forward), provenance="vjp")
+
+
+@register_pass
+@dataclass(frozen=True)
+class VJP(Pass):
+    """Write the backward pass out. ``wrt``: ``all``, ``params`` or ``inputs``."""
+
+    name: ClassVar[str] = "vjp"
+    wrt: str = "all"
+
+    def requires(self, program: Program) -> None:
+        if "forward" not in program.graphs:
+            raise IRError("vjp needs a program with a graph @forward")
+        if self.wrt not in WRT:
+            raise IRError(f"wrt is one of {', '.join(WRT)}, got {self.wrt!r}")
+
+    def apply(self, program: Program) -> Program:
+        ports = program.forward.inputs_of(*WRT[self.wrt])
+        return vjp(program, [port.ref for port in ports if port.value.type.differentiable])
+
+    def ensures(self, before: Program, after: Program) -> None:
+        if "backward" not in before.graphs:
+            kept = replace(after.forward, outputs=tuple(p for p in after.forward.outputs if p.kind != "residual"))
+            if not same_ports(before.forward, kept):
+                raise IRError("vjp changed the inputs or outputs of @forward")

@@ -1,0 +1,1 @@
+"""Plans: devices and costs, the cut into tasks, their placement and their order."""

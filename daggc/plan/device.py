@@ -1,0 +1,143 @@
+"""Devices and the links between them: what a plan is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from daggc.errors import PlanError
+
+KINDS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A worker's CPU or GPU.
+
+    Attributes:
+        name: such as ``cpu:0``; unique in a cluster.
+        kind: ``cpu`` or ``cuda``.
+        flops: FLOP/s by op class (see :class:`daggc.ops.opdef.Cost`); a class that is absent has the rate of
+            ``elementwise``.
+        bandwidth: of its memory, bytes/s.
+        memory: bytes.
+        overhead: seconds that a task takes before and after its ops run (scheduling, bookkeeping).
+        launch: seconds that an op takes however small it is.
+    """
+
+    name: str
+    kind: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    overhead: float = 1e-3
+    launch: float = 5e-6
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"device {self.name!r}: a kind is one of {', '.join(KINDS)}, got {self.kind!r}")
+        if "elementwise" not in self.flops:
+            raise PlanError(f"device {self.name!r}: flops must name at least the op class 'elementwise'")
+        if min(*self.flops.values(), self.bandwidth, self.memory) <= 0 or min(self.overhead, self.launch) < 0:
+            raise PlanError(f"device {self.name!r}: rates and memory are positive, overheads not negative")
+        object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
+
+    def rate(self, op_class: str) -> float:
+        """FLOP/s of an op class."""
+        return self.flops.get(op_class, self.flops["elementwise"])
+
+    def __reduce__(self) -> tuple[type[Device], tuple[object, ...]]:
+        fields = self.name, self.kind, dict(self.flops), self.bandwidth, self.memory, self.overhead, self.launch
+        return Device, fields
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "flops": dict(self.flops),
+            "bandwidth": self.bandwidth,
+            "memory": self.memory,
+            "overhead": self.overhead,
+            "launch": self.launch,
+        }
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between two devices: seconds before the first byte, and bytes/s."""
+
+    latency: float = 1e-3
+    bandwidth: float = 1e9
+
+    def seconds(self, nbytes: float) -> float:
+        """Time of one transfer; none for nothing."""
+        return self.latency + nbytes / self.bandwidth if nbytes else 0.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices in the order in which stages are laid on them, and the links between them.
+
+    Attributes:
+        link: between any two devices that ``links`` does not name.
+        links: by pair of names, the same both ways.
+    """
+
+    devices: tuple[Device, ...]
+    link: Link = Link()
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", tuple(self.devices))
+        if not self.devices:
+            raise PlanError("a plan needs at least one device")
+        names = [device.name for device in self.devices]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise PlanError(f"two devices are named {twice[0]!r}")
+        for name in (name for pair in self.links for name in pair):
+            self.device(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(device.name for device in self.devices)
+
+    def device(self, name: str) -> Device:
+        """Raises PlanError naming the devices there are."""
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise PlanError(f"there is no device {name!r}; there are {', '.join(self.names)}")
+
+    def between(self, source: str, target: str) -> Link:
+        """The link between two devices; a free one from a device to itself."""
+        if source == target:
+            return Link(0.0, float("inf"))
+        return self.links.get((source, target)) or self.links.get((target, source)) or self.link
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "devices": [device.to_json() for device in self.devices],
+            "link": [self.link.latency, self.link.bandwidth],
+            "links": [[*pair, link.latency, link.bandwidth] for pair, link in sorted(self.links.items())],
+        }
+
+
+_CPU = {"gemm": 6e10, "conv": 4e10, "attention": 2e10, "reduction": 2e9, "elementwise": 4e9, "opaque": 4e9}
+_GPU = {"gemm": 2e13, "conv": 1.5e13, "attention": 1e13, "reduction": 5e11, "elementwise": 2e12, "opaque": 5e11}
+
+
+def cpu_device(index: int = 0, memory: float = 8e9) -> Device:
+    """``cpu:index``: one worker with a core of an ordinary server, numbers in f32."""
+    return Device(f"cpu:{index}", "cpu", _CPU, 1e10, memory, overhead=1e-3, launch=5e-6)
+
+
+def gpu_device(index: int = 0, memory: float = 16e9) -> Device:
+    """``cuda:index``: an ordinary data-centre GPU, numbers in f32."""
+    return Device(f"cuda:{index}", "cuda", _GPU, 8e11, memory, overhead=1e-3, launch=1e-5)
+
+
+def cluster_of(devices: Sequence[Device], link: Link | None = None) -> Cluster:
+    """A cluster with one kind of link between all."""
+    return Cluster(tuple(devices), link or Link())

@@ -1,0 +1,299 @@
+"""Outlining: from a joint graph and a stage for each forward node to a graph of ``call`` nodes and task bodies.
+
+A stage has up to three tasks. ``forward`` holds what the primal's outputs need, ``backward`` the cotangents;
+with ``split_backward``, what no other stage waits for (gradients of parameters) is a third, ``weight_grad``.
+
+    F0 -> F1 -> F2          values flow from low stages to high ones in the forward phase
+     |     |     |          residuals stay within a stage
+    B0 <- B1 <- B2          cotangents flow from high stages to low ones
+     |     |     |
+    W0 <- W1 <- W2          (gradients of parameters that two stages share are added here)
+
+A node may have been merged with an equal one of another stage (:mod:`daggc.passes.cse`), which could turn an
+arrow around; :func:`_settle` moves it to the stage where every arrow points as drawn. So the graph of tasks is
+acyclic and every task convex, whatever order of stages is asked for, as long as it is a topological one.
+
+Cheap values are made again in each task that reads them rather than sent or kept: views, constants, and
+arithmetic on integers and constants alone (causal masks, position ids), where that makes no task's input larger.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from daggc.errors import PlanError, located
+from daggc.ir.attrs import Attrs
+from daggc.ir.graph import Graph, Node, Port, Value
+from daggc.ops import REGISTRY
+from daggc.ops.call import declare
+from daggc.passes.dce import live_nodes
+from daggc.passes.split import RECOMPUTED
+
+FORWARD, BACKWARD, WEIGHT_GRAD = "forward", "backward", "weight_grad"
+RESIDENT = ("param", "buffer", "constant", "state")  # kinds of inputs that live on one device between runs
+_OPAQUE = ("python.call", "torch.call")
+_CHEAP = ("elementwise", "view")
+_DEPTH = 40  # of a chain of cheap nodes that is looked at
+
+
+def origin_of(node: Node) -> str:
+    """The name that ``stage_of`` knows a node by: the first output of the forward node it belongs to."""
+    return node.origin or node.outputs[0].name
+
+
+def outline(
+    joint: Graph, primal: Graph, stage_of: Mapping[str, int], *, split_backward: bool = False
+) -> tuple[Graph, dict[str, Graph]]:
+    """Cut a joint graph into tasks.
+
+    Args:
+        joint: what ``differentiate`` made of ``primal``, or ``primal`` itself for inference.
+        primal: its outputs tell the forward phase from the backward.
+        stage_of: first output name of each forward node -> stage. Along every edge of ``primal`` the stage
+            must not fall.
+        split_backward: make a task of its own of the gradients of a stage's parameters.
+
+    Returns:
+        The graph ``joint`` of ``call`` nodes, unplaced, with the ports of the joint graph, and the bodies by
+        name (``stage0.forward``). A call has the attributes ``callee``, ``dtypes``, ``shapes``, ``stage`` and
+        ``phase`` and a path that sums up the modules in it. A body's ports keep kind and target of those of
+        the joint graph; a value between tasks has the kind ``value`` and its name as target.
+
+    Raises:
+        PlanError: a node's origin has no stage.
+    """
+    forward = _forward_names(joint, primal)
+    stages = _settle(joint, forward, stage_of)
+    phases = _phases(joint, forward, stages, split_backward)
+    members: dict[tuple[int, str], list[Node]] = {}
+    for node in joint.nodes:
+        name = node.outputs[0].name
+        members.setdefault((stages[name], phases[name]), []).append(node)
+    order = sorted(members, key=_task_order)
+    sharing = _Sharing.of(joint, stages)
+    wanted = {port.value.name for port in joint.outputs}
+    calls: list[Node] = []
+    bodies: dict[str, Graph] = {}
+    for key in reversed(order):
+        task = _task(joint, key, members[key], wanted, sharing)
+        if task is not None:
+            call, body = task
+            wanted.update(value.name for value in call.inputs)
+            bodies[body.name] = body
+            calls.append(call)
+    main = Graph("joint", joint.inputs, tuple(reversed(calls)), joint.outputs)
+    return main, dict(reversed(bodies.items()))
+
+
+def _forward_names(joint: Graph, primal: Graph) -> set[str]:
+    """First output names of the nodes of the forward phase, as :func:`daggc.passes.split.split` has it."""
+    refs = {port.ref for port in primal.outputs}
+    roots = {port.value.name for port in joint.outputs if port.ref in refs}
+    roots |= {value.name for node in primal.nodes if node.op == "python.call" for value in node.outputs}
+    return {node.outputs[0].name for node in live_nodes(joint, roots)}
+
+
+def _settle(joint: Graph, forward: set[str], stage_of: Mapping[str, int]) -> dict[str, int]:
+    """The stage of each node, by its first output: not above its users' in forward, not below them in backward."""
+    lowest: dict[str, int] = {}  # of the users of a value in the forward phase
+    highest: dict[str, int] = {}  # of those in the backward phase
+    stages: dict[str, int] = {}
+    for node in reversed(joint.nodes):
+        name = node.outputs[0].name
+        closest, bounds = (min, lowest) if name in forward else (max, highest)
+        stage = stage_of.get(origin_of(node))
+        if stage is None:
+            # The sum of the cotangents of one value that is two outputs is of no node; it goes to its reader.
+            if name in forward or node.origin:
+                raise PlanError(located(f"{node.op} %{name} belongs to no stage", node.path, node.source))
+            stage = max((bounds[value.name] for value in node.outputs if value.name in bounds), default=0)
+        for value in node.outputs:
+            stage = closest(stage, bounds.get(value.name, stage))
+        stages[name] = stage
+        for value in node.inputs:
+            bounds[value.name] = closest(stage, bounds.get(value.name, stage))
+    return stages
+
+
+def _phases(joint: Graph, forward: set[str], stages: Mapping[str, int], split_backward: bool) -> dict[str, str]:
+    """The phase of each node, by its first output."""
+    phases = {node.outputs[0].name: FORWARD if node.outputs[0].name in forward else BACKWARD for node in joint.nodes}
+    if not split_backward:
+        return phases
+    first = {value.name: node.outputs[0].name for node in joint.nodes for value in node.outputs}
+    gradients = _gradients_alone(joint)
+    # Walk back from what leaves a stage: cotangents that other stages read, and results other than gradients
+    # of parameters.
+    urgent = {port.value.name for port in joint.outputs} - gradients
+    for node in reversed(joint.nodes):
+        name = node.outputs[0].name
+        if name in forward:
+            continue
+        here = any(value.name in urgent for value in node.outputs)
+        for value in node.inputs:
+            source = first.get(value.name)
+            crosses = source is not None and stages[source] != stages[name] and value.name not in gradients
+            if here or crosses:
+                urgent.add(value.name)
+    split: dict[str, str] = {}
+    busy: set[int] = set()  # stages that something waits for
+    for node in joint.nodes:
+        name = node.outputs[0].name
+        if name not in forward:
+            split[name] = BACKWARD if any(value.name in urgent for value in node.outputs) else WEIGHT_GRAD
+            if split[name] == BACKWARD:
+                busy.add(stages[name])
+    return phases | {name: phase if stages[name] in busy else BACKWARD for name, phase in split.items()}
+
+
+def _gradients_alone(joint: Graph) -> set[str]:
+    """Values that are gradients of parameters or terms of their sums, and nothing else."""
+    alone = {port.value.name for port in joint.outputs_of("grad") if port.target.startswith("param:")}
+    alone -= {port.value.name for port in joint.outputs if port.kind != "grad" or not port.target.startswith("param:")}
+    others: set[str] = set()
+    for node in reversed(joint.nodes):
+        # A value is judged where it is made: every user has been seen by then.
+        term = node.op == "add" and node.output.name in alone and node.output.name not in others
+        for value in node.inputs:
+            (alone if term else others).add(value.name)
+    return alone - others
+
+
+def _task_order(key: tuple[int, str]) -> tuple[int, int, str]:
+    """Forward tasks by rising stage, then backward ones by falling stage, each with its weight gradients."""
+    stage, phase = key
+    return (0, stage, "") if phase == FORWARD else (1, -stage, phase)
+
+
+def _task(
+    joint: Graph, key: tuple[int, str], own: Sequence[Node], wanted: set[str], sharing: _Sharing
+) -> tuple[Node, Graph] | None:
+    """The call and the body of one task, which gives what is ``wanted`` of it; None if that is nothing."""
+    stage, phase = key
+    effects = {value.name for node in own if node.op == "python.call" for value in node.outputs}
+    unread = effects - {value.name for node in own for value in node.inputs}  # results, so that the task is not dead
+    results = [value for node in own for value in node.outputs if value.name in wanted or value.name in unread]
+    if not results and not effects:
+        return None
+    kept = live_nodes(Graph("", (), tuple(own), ()), {value.name for value in results} | effects)
+    again = sharing.remade(kept, stage)
+    nodes = sorted((*again, *kept), key=sharing.position)
+    made = {value.name for node in nodes for value in node.outputs}
+    reads = dict.fromkeys(value for node in nodes for value in node.inputs if value.name not in made)
+    ports = {port.value.name: port for port in reversed(joint.outputs)}
+    inputs = sorted(reads, key=lambda value: sharing.rank[value.name])
+    body = Graph(
+        f"stage{stage}.{phase}",
+        tuple(sharing.inputs.get(value.name) or Port(value, "value", value.name) for value in inputs),
+        tuple(nodes),
+        tuple(ports.get(value.name) or Port(value, "value", value.name) for value in results),
+    )
+    attrs = {**declare([value.type for value in results]), "callee": body.name, "stage": stage, "phase": phase}
+    path = summarize_paths(node.path for node in (kept if phase == FORWARD else reversed(kept)))
+    return Node("call", tuple(inputs), tuple(results), Attrs(attrs), path), body
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """What is known of the values of a joint graph when a task decides to make some of them again."""
+
+    inputs: Mapping[str, Port]
+    makers: Mapping[str, Node]
+    rank: Mapping[str, int]
+    stages: Mapping[str, int]
+    cheap: frozenset[str]
+
+    @staticmethod
+    def of(joint: Graph, stages: Mapping[str, int]) -> _Sharing:
+        """``stages``: by first output name."""
+        plain = {
+            port.value.name
+            for port in joint.inputs
+            if port.kind in ("input", "buffer", "constant") and not port.value.type.differentiable
+        }
+        cheap: set[str] = set()
+        for node in joint.nodes:
+            names = [value.name for value in node.outputs]
+            if node.op in _OPAQUE:
+                continue
+            if all(value.name in plain for value in node.inputs):
+                plain.update(names)
+                if REGISTRY[node.op].cost(node).op_class in _CHEAP:
+                    cheap.update(names)
+            if node.op in RECOMPUTED:
+                cheap.update(names)
+        return _Sharing(
+            {port.value.name: port for port in joint.inputs},
+            {value.name: node for node in joint.nodes for value in node.outputs},
+            {value.name: index for index, value in enumerate(joint.values())},
+            stages,
+            frozenset(cheap),
+        )
+
+    def position(self, node: Node) -> int:
+        return self.rank[node.outputs[0].name]
+
+    def remade(self, own: Iterable[Node], stage: int) -> list[Node]:
+        """Nodes of other tasks that a task of these nodes runs itself, so that its inputs do not grow.
+
+        For each value that comes from outside: the fewest bytes of inputs that it can be had from, with what
+        is at hand for nothing.
+        """
+        own = list(own)
+        at_hand = {value.name for node in own for value in node.outputs}
+        outside = dict.fromkeys(value for node in own for value in node.inputs if value.name not in at_hand)
+        at_hand |= {value.name for value in outside if value.name not in self.cheap}
+        least: dict[str, float] = {}
+        again: dict[str, Node] = {}
+
+        def price(value: Value, depth: int) -> float:
+            """Bytes of further inputs that the value takes."""
+            if value.name in at_hand or value.name in again:
+                return 0
+            if value.name not in least:
+                least[value.name] = min(value.type.nbytes, parts(value, depth))
+            return least[value.name]
+
+        def parts(value: Value, depth: int = _DEPTH) -> float:
+            """Bytes of further inputs of the value's maker, were it run again; infinite where it may not be."""
+            if value.name not in self.cheap or not depth:
+                return math.inf
+            node = self.makers[value.name]
+            elsewhere = self.stages[node.outputs[0].name] != stage
+            if elsewhere and any(self._resident(source) for source in node.inputs):
+                return math.inf
+            return sum(price(source, depth - 1) for source in dict.fromkeys(node.inputs))
+
+        pending = sorted(outside, key=lambda value: self.rank[value.name], reverse=True)
+        while pending:
+            value = pending.pop()
+            if value.name in at_hand or value.name in again:
+                continue
+            if parts(value) <= value.type.nbytes:
+                node = self.makers[value.name]
+                again.update((output.name, node) for output in node.outputs)
+                pending += node.inputs
+            else:
+                at_hand.add(value.name)
+            least.clear()
+        return list({node.outputs[0].name: node for node in again.values()}.values())
+
+    def _resident(self, value: Value) -> bool:
+        return value.name in self.inputs and self.inputs[value.name].kind in RESIDENT
+
+
+def summarize_paths(paths: Iterable[str]) -> str:
+    """The modules of a task, shortened: ``wte .. blocks.3`` for all from the embedding to the fourth block."""
+    units = [unit for unit in dict.fromkeys(_unit(path) for path in paths if path) if unit]
+    if len(units) <= 1:
+        return "".join(units)
+    return f"{units[0]} .. {units[-1]}"
+
+
+def _unit(path: str) -> str:
+    """A path down to its first number: ``h.3`` of ``h.3.attn.c_proj``; all of it if there is none."""
+    match = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
+    return match.group(0) if match else path

@@ -1,0 +1,1 @@
+"""Running compiled programs: modules, thunks, training steps, state on workers, checkpoints."""

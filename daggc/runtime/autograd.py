@@ -1,0 +1,99 @@
+"""A program as one node of torch's autograd graph, differentiable as often as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from daggc.frontend.dtypes import TO_TORCH
+from daggc.ir.graph import Program
+from daggc.passes.vjp import vjp
+from daggc.runtime.executor import Executor
+
+MakeExecutor = Callable[[Program], Executor]
+
+
+class Differentiable:
+    """A program with ``@forward`` and ``@backward``, its executor and, on demand, its own derivative."""
+
+    def __init__(self, program: Program, make_executor: MakeExecutor) -> None:
+        self.program = program
+        self.executor = make_executor(program)
+        self._make_executor = make_executor
+        self.outputs = tuple(port for port in program.forward.outputs if port.kind != "residual")
+        inputs = {port.ref for port in program.forward.inputs}
+        # Each new cotangent belongs to an output, each gradient to an input of forward.
+        new = [p for p in program.backward.inputs_of("cotangent") if p.ref not in inputs]
+        output_place = {port.ref: index for index, port in enumerate(self.outputs)}
+        self.cotangents = tuple((output_place[port.target.rstrip("'")], port.value.type) for port in new)
+        input_place = {port.ref: index for index, port in enumerate(program.forward.inputs)}
+        self.gradient_places = tuple(input_place[port.target.rstrip("'")] for port in program.backward.outputs)
+
+    @cached_property
+    def derivative(self) -> Differentiable:
+        """The program whose forward computes this one's outputs and gradients."""
+        return Differentiable(vjp(self.program), self._make_executor)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs in the order of ``self.outputs``; gradients flow to the inputs."""
+        return _Run.apply(self, *inputs)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Differentiable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs, residuals = function.executor.forward(inputs)
+        # Distinct objects: autograd keeps one gradient slot for each output.
+        seen: set[int] = {id(tensor) for tensor in inputs}
+        distinct: list[torch.Tensor] = []
+        for output in outputs:
+            distinct.append(output.view_as(output) if id(output) in seen else output)
+            seen.add(id(output))
+        ctx.function = function
+        ctx.count = len(inputs)
+        # Tensors go through autograd, which frees them after backward and notices writes to them.
+        keeps_tensors = isinstance(residuals, tuple)
+        ctx.handle = None if keeps_tensors else residuals
+        ctx.save_for_backward(*inputs, *(residuals if keeps_tensors else ()))
+        differentiable = {place for place, _ in function.cotangents}
+        ctx.mark_non_differentiable(*(out for place, out in enumerate(distinct) if place not in differentiable))
+        ctx.set_materialize_grads(False)
+        return tuple(distinct)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        function: Differentiable = ctx.function
+        inputs, residuals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        given = [
+            _zeros(type_, inputs) if (ct := cotangents[place]) is None else ct for place, type_ in function.cotangents
+        ]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are themselves differentiable
+            derivative = function.derivative
+            results = derivative(_with_cotangents(derivative, function, inputs, given))
+            gradients = [
+                result
+                for result, port in zip(results, derivative.outputs, strict=True)
+                if port.ref in {p.ref for p in function.program.backward.outputs}
+            ]
+        else:
+            handle = residuals if ctx.handle is None else ctx.handle
+            gradients = function.executor.backward(handle, inputs, given)
+        by_place = dict(zip(function.gradient_places, gradients, strict=True))
+        return (None, *(by_place.get(place) for place in range(ctx.count)))
+
+
+def _with_cotangents(
+    derivative: Differentiable, function: Differentiable, inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The inputs of the derivative's forward: those of forward, and the cotangents."""
+    known = {port.ref: x for port, x in zip(function.program.forward.inputs, inputs, strict=True)}
+    rest = iter(given)
+    return [known[p.ref] if p.ref in known else next(rest) for p in derivative.program.forward.inputs]
+
+
+def _zeros(type_: Any, like: Sequence[torch.Tensor]) -> torch.Tensor:
+    device = like[0].device if like else None
+    return torch.zeros(type_.shape, dtype=TO_TORCH[type_.dtype], device=device)

@@ -1,0 +1,159 @@
+"""``daggc.compile``: a module that looks like the user's and runs its captured program."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import CaptureError
+from daggc.frontend.export import Capture, capture
+from daggc.frontend.pytree import Spec, flatten
+from daggc.ir.graph import Port, Program
+from daggc.passes.manager import pipeline, run
+from daggc.passes.vjp import vjp
+from daggc.runtime.autograd import Differentiable, MakeExecutor
+from daggc.runtime.executor import Executor
+
+SIMPLIFY = "fold,canonicalize,cse,dce"
+_CACHE_SIZE = 16  # captured signatures kept for one module
+
+Fetch = Callable[[], torch.Tensor]
+
+
+@dataclass
+class Entry:
+    """One captured signature of a module: the program, and where its inputs come from."""
+
+    captured: Capture
+    program: Program
+    ports: tuple[Port, ...]
+    fetch: tuple[Fetch | None, ...]  # None: a user input or the random key
+    function: Differentiable | None
+    executor: Executor
+
+    @property
+    def out_spec(self) -> Spec:
+        return self.captured.out_spec
+
+
+class CompiledModule(nn.Module):
+    """Runs a captured program in place of the model's Python.
+
+    It shares parameters, buffers and submodules with the model, so ``parameters()``, ``state_dict()``,
+    ``to()`` and any ``torch.optim`` see the model's own. It is captured at its first call, and again for each
+    new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode of each
+    module, which parameters require gradients. The 16 used last are kept.
+    """
+
+    def __init__(self, model: nn.Module, make_executor: MakeExecutor) -> None:
+        if not isinstance(model, nn.Module):
+            raise CaptureError(f"daggc.compile takes a torch.nn.Module, got a {type(model).__name__}")
+        super().__init__()
+        object.__setattr__(self, "model", model)  # not a submodule: names stay the model's own
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        self._make_executor = make_executor
+        self._entries: OrderedDict[Any, Entry] = OrderedDict()
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = flatten((args, kwargs))
+        entry = self.entry(leaves, spec)
+        inputs = self.inputs(entry, leaves)
+        if entry.function is None:
+            with torch.no_grad():
+                results = entry.executor.forward(inputs)[0]
+        else:
+            results = entry.function(inputs)
+        return entry.out_spec.rebuild(iter(self.store_buffers(entry, results)))
+
+    def entry(self, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:
+        """The captured program for these arguments, from the cache or captured now."""
+        wants = tuple(leaf.requires_grad and torch.is_grad_enabled() for leaf in leaves)
+        key = (
+            str(spec.tree),
+            tuple((leaf.dtype, leaf.shape) for leaf in leaves),
+            wants,
+            torch.is_grad_enabled(),
+            tuple(module.training for module in self.model.modules()),
+            tuple(parameter.requires_grad for parameter in self.model.parameters()),
+        )
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        args, kwargs = spec.rebuild(iter(leaves))
+        entry = self._build(capture(self.model, args, kwargs), wants)
+        self._entries[key] = entry
+        if len(self._entries) > _CACHE_SIZE:
+            self._entries.popitem(last=False)
+        return entry
+
+    def _build(self, captured: Capture, wants: Sequence[bool]) -> Entry:
+        program = run(captured.program, pipeline(SIMPLIFY))
+        forward = program.forward
+        wrt = [f"param:{name}" for name in captured.trainable]
+        wrt += [port.ref for port, want in zip(forward.inputs_of("input"), wants, strict=True) if want]
+        known = {port.ref for port in forward.inputs}
+        wrt = [ref for ref in wrt if ref in known]
+        function = None
+        if torch.is_grad_enabled() and wrt and any(port.value.type.differentiable for port in forward.outputs):
+            function = Differentiable(vjp(program, wrt), self._make_executor)
+        executor = self._make_executor(program) if function is None else function.executor
+        fetch = tuple(self._fetch(port, captured) for port in forward.inputs)
+        return Entry(captured, program, forward.inputs, fetch, function, executor)
+
+    def _fetch(self, port: Port, captured: Capture) -> Fetch | None:
+        """How to get the live tensor behind a port: looked up at each call, for it may be replaced."""
+        if port.kind == "constant":
+            return lambda: captured.constants[port.target]
+        if port.kind not in ("param", "buffer"):
+            return None
+        owner_path, _, name = port.target.rpartition(".")
+        owner = self.model.get_submodule(owner_path)
+        table: Mapping[str, Any] = owner._parameters if port.kind == "param" else owner._buffers
+        return lambda: table[name]
+
+    def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors of ``@forward``'s ports: live parameters and buffers, the user's inputs, a fresh key."""
+        given = iter(leaves)
+        changed = {port.target for port in entry.program.forward.outputs_of("buffer")}
+        tensors: list[torch.Tensor] = []
+        for port, fetch in zip(entry.ports, entry.fetch, strict=True):
+            if port.kind == "key":
+                tensors.append(random_key())
+            elif fetch is None:
+                tensors.append(next(given))
+            elif port.kind == "buffer" and port.target in changed:
+                tensors.append(fetch().clone())  # it is written to after the run; backward sees it as it was
+            else:
+                tensors.append(fetch())
+        return tensors
+
+    def store_buffers(self, entry: Entry, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Write changed buffers back into the model; returns the other results."""
+        outputs = [port for port in entry.program.forward.outputs if port.kind != "residual"]
+        rest: list[torch.Tensor] = []
+        for port, result in zip(outputs, results, strict=True):
+            if port.kind == "buffer":
+                with torch.no_grad():
+                    self.model.get_buffer(port.target).copy_(result)
+            else:
+                rest.append(result)
+        return rest
+
+
+def random_key() -> torch.Tensor:
+    """A key for random ops, drawn from torch's generator: ``torch.manual_seed`` makes runs repeatable."""
+    return torch.randint(2**62, (2,), dtype=torch.int64)

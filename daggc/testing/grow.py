@@ -1,0 +1,214 @@
+"""A graph under construction by the program strategy: values, their numbers, and how they are made to fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+
+from daggc.interp import evaluate_node
+from daggc.ir.attrs import Attr
+from daggc.ir.graph import Value
+from daggc.ir.types import TensorType
+from daggc.ops import REGISTRY
+from daggc.ops.opdef import Arg
+from daggc.testing.arrays import distinct_gap, draw_array, port_name
+from daggc.testing.samples import OpSample
+
+_LIMIT = 4.0  # larger numbers are scaled down before they are read again
+_FRESH_ONLY = ("key",)
+_MAX_OUTPUTS = 3
+
+
+class Grower:
+    """Draws values for arguments and emits nodes, computing every value on the way.
+
+    ``differentiable``: nothing discontinuous in a float is made, and at least one output is active, that is,
+    depends on a float ``param`` or ``input``.
+    """
+
+    def __init__(self, draw: st.DrawFn, differentiable: bool) -> None:
+        self.draw = draw
+        self.differentiable = differentiable
+        self.b = REGISTRY.builder("forward")
+        self._arrays: dict[str, np.ndarray] = {}
+        self._pool: list[Value] = []
+        self._domains: dict[str, str] = {}
+        self._active: set[str] = set()
+        self._ports: list[tuple[Value, str, str]] = []
+        if differentiable:
+            self._fresh(Arg(TensorType("f64", (2, 3))), smooth=True)
+
+    # --- growing --------------------------------------------------------------------------------------
+
+    def add(self, sample: OpSample, smooth: Sequence[bool]) -> None:
+        """Add the op of a sample. ``smooth[i]``: the op is differentiable in argument i."""
+        pairs = zip(sample.sample.inputs, smooth, strict=True)
+        inputs = [self._find(arg, has_cotangent) for arg, has_cotangent in pairs]
+        outputs = self._emit_many(sample.op.name, *inputs, **sample.sample.attrs)
+        float_inputs = any(value.type.differentiable for value in inputs)
+        for value in outputs:
+            if self.differentiable and not self._usable(value, float_inputs):
+                continue
+            self._pool.append(value)
+
+    def _usable(self, value: Value, float_inputs: bool) -> bool:
+        """Of what depends on floats, only finite f64 floats are read again: an index of a maximum jumps."""
+        if not value.type.differentiable:
+            return not float_inputs
+        return bool(np.isfinite(self._arrays[value.name]).all())
+
+    def finish(self) -> None:
+        """Choose outputs: the latest value (if need be, the latest active one) and some others."""
+        pool = self._pool[::-1]
+        eligible = [value for value in pool if value.name in self._active] if self.differentiable else pool
+        if not eligible:
+            eligible = [self._fresh(Arg(TensorType("f64", (2,))), smooth=True)]
+        chosen = [eligible[0]]
+        for _ in range(self.draw(st.integers(0, _MAX_OUTPUTS - 1))):
+            chosen.append(self.draw(st.sampled_from(pool or eligible)))
+        for index, value in enumerate(chosen):
+            self.b.output(value, "output", str(index))
+        for port, kind, target in self._ports:
+            news = [value for value in pool if value.type == port.type and value is not port]
+            if kind == "buffer" and news:
+                self.b.output(news[0], "buffer", target)
+
+    # --- nodes ----------------------------------------------------------------------------------------
+
+    def _emit_many(self, op: str, *inputs: Value, **attrs: Attr) -> tuple[Value, ...]:
+        outputs = self.b.emit_many(op, *inputs, **attrs)
+        arrays = evaluate_node(self.b.nodes[-1], [self._arrays[value.name] for value in inputs])
+        for value, array in zip(outputs, arrays, strict=True):
+            self._arrays[value.name] = array
+            if value.type.differentiable and any(source.name in self._active for source in inputs):
+                self._active.add(value.name)
+        return outputs
+
+    def _emit(self, op: str, *inputs: Value, **attrs: Attr) -> Value:
+        (output,) = self._emit_many(op, *inputs, **attrs)
+        return output
+
+    def _fresh(self, arg: Arg, smooth: bool) -> Value:
+        """A new input of the graph; a buffer if the op has no cotangent for it but it is a float."""
+        number = len(self._ports)
+        if arg.domain == "key":
+            kind = "key"
+        elif self.differentiable and arg.type.differentiable:
+            kind = self.draw(st.sampled_from(("param", "input"))) if smooth else "buffer"
+        else:
+            kind = self.draw(st.sampled_from(("input", "param", "buffer", "constant")))
+        same_kind = sum(known == kind for _, known, _ in self._ports)
+        target = str(same_kind) if kind in ("input", "key") else f"layer{number}.{kind}"
+        value = self.b.input(arg.type, kind, target, name=port_name(arg.domain))
+        self._ports.append((value, kind, target))
+        self._arrays[value.name] = draw_array(arg, np.random.default_rng([0, number]))
+        self._domains[value.name] = arg.domain
+        if arg.type.differentiable and kind in ("param", "input"):
+            self._active.add(value.name)
+        self._pool.append(value)
+        return value
+
+    # --- arguments ------------------------------------------------------------------------------------
+
+    def _find(self, arg: Arg, smooth: bool) -> Value:
+        """A value for an argument: one that is there, made to fit, or a new input."""
+        if arg.domain in _FRESH_ONLY:
+            return self._fresh(arg, smooth)
+        candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth)]
+        choice = self.draw(st.integers(0, min(len(candidates), 6)))
+        if choice >= len(candidates):
+            return self._fresh(arg, smooth)
+        # early values too, so that some have many users far away
+        value = candidates[choice] if choice < 5 else self.draw(st.sampled_from(candidates))
+        return value if self._is(value, arg) else self._adapt(value, arg)
+
+    def _is(self, value: Value, arg: Arg) -> bool:
+        """Whether a value needs no adapting."""
+        return value.type == arg.type and self._domains.get(value.name) == arg.domain
+
+    def _fits(self, value: Value, arg: Arg, smooth: bool) -> bool:
+        """Whether a value can be made to fit an argument."""
+        if self._domains.get(value.name) in _FRESH_ONLY:
+            return False
+        have, want = value.type, arg.type
+        if have.numel == 0 and want.numel != 0:
+            return False
+        if have.is_complex and not want.is_complex:
+            return False
+        if not self.differentiable:
+            return True
+        if not have.differentiable or not want.differentiable:
+            return have.differentiable == want.differentiable  # rounding a float is not smooth; nor does it start one
+        return smooth or value.name not in self._active
+
+    def _adapt(self, value: Value, arg: Arg) -> Value:
+        value = self._reshape(self._tame(value), arg.type.shape)
+        if arg.type.dtype == "bool":
+            return self._to_bool(value)
+        if arg.type.is_integer:
+            return self._to_integer(value, arg)
+        if arg.type.is_complex:
+            return self._cast(value, arg.type.dtype)
+        return self._to_domain(self._cast(value, arg.type.dtype), arg)
+
+    def _cast(self, value: Value, dtype: str) -> Value:
+        return value if value.type.dtype == dtype else self._emit("cast", value, dtype=dtype)
+
+    def _tame(self, value: Value) -> Value:
+        """Bring what grew to a magnitude of about one; non-finite numbers stay as they are."""
+        array = self._arrays[value.name]
+        if not value.type.is_float or array.size == 0:
+            return value
+        largest = float(np.abs(array.astype(np.float64)).max())
+        if not math.isfinite(largest) or largest <= _LIMIT:
+            return value
+        return self._emit("mul_scalar", value, value=2.0 ** -math.ceil(math.log2(largest)))
+
+    def _to_bool(self, value: Value) -> Value:
+        if value.type.dtype == "bool":
+            return value
+        zero = 0.0 if value.type.differentiable else 0
+        return self._emit("ne_scalar" if value.type.is_complex else "gt_scalar", value, value=zero)
+
+    def _to_integer(self, value: Value, arg: Arg) -> Value:
+        """The remainder by the domain's size; floats and bools become integers first."""
+        size = int(arg.domain.removeprefix("index:")) if arg.domain.startswith("index:") else 9
+        if value.type.is_float:  # non-finite numbers have no integer that all platforms agree on
+            finite = self._emit("lt_scalar", self._emit("abs", value), value=100.0)
+            value = self._emit("where_scalar", finite, value, value=0.0)
+        value = self._cast(value, "i64") if value.type.dtype != arg.type.dtype else value
+        value = self._emit("remainder_scalar", value, value=size)
+        if arg.domain in ("small", "real") and arg.type.dtype != "u8":
+            value = self._emit("add_scalar", value, value=-4)
+        return self._cast(value, arg.type.dtype)
+
+    def _to_domain(self, value: Value, arg: Arg) -> Value:
+        if arg.domain == "distinct":
+            ranks = self._fresh(arg, smooth=True)
+            nudge = self._emit("mul_scalar", self._emit("tanh", value), value=0.25 * distinct_gap(arg.type.numel))
+            return self._emit("add", ranks, nudge)
+        if arg.domain in ("positive", "nonzero", "unit"):
+            scale, shift = (0.9, 0.05) if arg.domain == "unit" else (1.8, 0.2)
+            value = self._emit("mul_scalar", self._emit("sigmoid", value), value=scale)
+            return self._emit("add_scalar", value, value=shift)
+        return value
+
+    def _reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """Another shape: by reshape or broadcast where possible, else repeating and cutting the elements."""
+        want = math.prod(shape)
+        have = value.type.shape
+        if have == shape:
+            return value
+        if value.type.numel == want:
+            return self._emit("reshape", value, shape=shape)
+        if len(have) <= len(shape) and all(a in (1, b) for a, b in zip(have[::-1], shape[::-1], strict=False)):
+            return self._emit("broadcast", value, shape=shape)
+        flat = self._emit("reshape", value, shape=(value.type.numel,)) if value.type.rank != 1 else value
+        if flat.type.numel < want:
+            flat = self._emit("concat", *[flat] * math.ceil(want / flat.type.numel), dim=0)
+        if flat.type.numel > want:
+            flat = self._emit("slice", flat, dim=0, start=0, end=want, step=1)
+        return flat if flat.type.shape == shape else self._emit("reshape", flat, shape=shape)

@@ -1,0 +1,14 @@
+"""Hypothesis profiles: the default one is small and repeatable, ``--hypothesis-profile=deep`` searches on."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
+
+settings.register_profile("quick", max_examples=25, derandomize=True, deadline=None, suppress_health_check=_QUIET)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.load_profile("quick")
+
+torch.set_num_threads(1)

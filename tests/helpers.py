@@ -1,0 +1,58 @@
+"""What several tests share: arrays to tensors and back, comparisons, running graphs in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from daggc.backend.codegen import compile_graph
+from daggc.ir.graph import Graph
+from daggc.ir.types import dtype_of
+
+# The largest error, in proportion to the largest number: torch and NumPy round differently, not more than that.
+TOLERANCES = {"f64": 1e-10, "f32": 3e-5, "f16": 4e-3, "bf16": 3e-2, "c64": 3e-5, "c128": 1e-10}
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A copy of an array as a tensor; bf16 by its bits."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def run_torch(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Run a graph's generated code on arrays in the order of its inputs."""
+    return [to_numpy(result) for result in compile_graph(graph)([to_torch(array) for array in arrays])]
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray, what: str = "", tolerance: float | None = None) -> None:
+    """Equal dtype and shape; integers and bools equal, floats within the dtype's tolerance."""
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), what
+    dtype = dtype_of(wanted)
+    if dtype not in TOLERANCES:
+        np.testing.assert_array_equal(got, wanted, err_msg=what)
+        return
+    wide = np.complex128 if dtype.startswith("c") else np.float64
+    got, wanted = got.astype(wide), wanted.astype(wide)
+    finite = np.abs(wanted[np.isfinite(wanted)])
+    scale = max(1.0, float(finite.max())) if finite.size else 1.0
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale, err_msg=what)
+
+
+def assert_same_bits(got: np.ndarray, wanted: np.ndarray, what: str = "") -> None:
+    """Bitwise equal, the sign of zero included; any NaN equals any other."""
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), what
+    got_nan, wanted_nan = got != got, wanted != wanted
+    np.testing.assert_array_equal(got_nan, wanted_nan, err_msg=what)
+    assert got[~got_nan].tobytes() == wanted[~wanted_nan].tobytes(), what
