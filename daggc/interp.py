@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,14 +12,19 @@ from daggc.ops import REGISTRY
 from daggc.ops.opdef import Derivative, Registry
 
 Arrays = Mapping[str, np.ndarray]
+RunGraph = Callable[[Program, Graph, list[np.ndarray]], Sequence[np.ndarray]]
 
 
-def interpret(program: Program, inputs: Arrays, ops: Registry = REGISTRY) -> dict[str, np.ndarray]:
+def interpret(
+    program: Program, inputs: Arrays, ops: Registry = REGISTRY, run_graph: RunGraph | None = None
+) -> dict[str, np.ndarray]:
     """Run ``@forward`` and, where cotangents are given, ``@backward``.
 
     Args:
         inputs: arrays by port: ``param:fc.weight`` or, where that is unambiguous, ``fc.weight``. Cotangents
             are ``cotangent:output:0``; with at least one given, absent ones are zeros.
+        run_graph: runs one graph in place of :func:`interpret_graph`, on torch say: (program, graph, arrays in
+            the order of its inputs) -> arrays in the order of its outputs.
 
     Returns:
         Outputs by port: ``output:0``, ``buffer:bn.running_mean`` and, after a backward, ``grad:param:fc.weight``.
@@ -28,7 +33,8 @@ def interpret(program: Program, inputs: Arrays, ops: Registry = REGISTRY) -> dic
         RunError: an input is missing, or of another dtype or shape than its port's.
     """
     graph = program["forward"] if "forward" in program.graphs else program["main"]
-    results = _run_ports(graph, inputs, program, ops)
+    run = run_graph or (lambda program, graph, arrays: interpret_graph(graph, arrays, program, ops))
+    results = run(program, graph, _port_arrays(graph, inputs))
     named = {port.ref: array for port, array in zip(graph.outputs, results, strict=True)}
     cotangents = {name for name in inputs if name.startswith("cotangent:")}
     if "backward" in program.graphs and cotangents - {port.ref for port in graph.inputs}:
@@ -36,12 +42,13 @@ def interpret(program: Program, inputs: Arrays, ops: Registry = REGISTRY) -> dic
         given = {**inputs, **{ref: array for ref, array in named.items() if ref.startswith("residual:")}}
         for port in backward.inputs_of("cotangent"):
             given.setdefault(port.ref, np.zeros(port.value.type.shape, port.value.type.numpy_dtype))
-        gradients = _run_ports(backward, given, program, ops)
+        gradients = run(program, backward, _port_arrays(backward, given))
         named |= {port.ref: array for port, array in zip(backward.outputs, gradients, strict=True)}
     return {ref: array for ref, array in named.items() if not ref.startswith("residual:")}
 
 
-def _run_ports(graph: Graph, inputs: Arrays, program: Program, ops: Registry) -> list[np.ndarray]:
+def _port_arrays(graph: Graph, inputs: Arrays) -> list[np.ndarray]:
+    """The arrays of a graph's inputs, in order. Raises RunError if one is missing or of another type."""
     targets = [port.target for port in graph.inputs]
     arrays: list[np.ndarray] = []
     for port in graph.inputs:
@@ -51,7 +58,7 @@ def _run_ports(graph: Graph, inputs: Arrays, program: Program, ops: Registry) ->
         if array is None:
             raise RunError(f"@{graph.name} needs {port.ref!r}, a {port.value.type}; given: {', '.join(inputs)}")
         arrays.append(check_array(np.asarray(array), port))
-    return interpret_graph(graph, arrays, program, ops)
+    return arrays
 
 
 def check_array(array: np.ndarray, port: Port) -> np.ndarray:

@@ -7,6 +7,7 @@ Graphs of one structure share one function.
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import linecache
 import re
@@ -72,7 +73,7 @@ def compile_graph(graph: Graph) -> Compiled:
         scope: dict[str, object] = {"torch": torch, "kernels": kernels}
         exec(compile(source, filename, "exec"), scope)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        function = cast(Callable[..., tuple[torch.Tensor, ...]], scope[_identifier(graph.name)])
+        function = cast(Callable[..., tuple[torch.Tensor, ...]], scope[_function_name(graph)])
         _CACHE[key] = Compiled(graph, source, filename, function)
     return _CACHE[key]
 
@@ -82,14 +83,14 @@ def generate(graph: Graph) -> str:
     names = _names(graph)
     last_use = _last_uses(graph)
     parameters = ", ".join(["device", *(names[port.value.name] for port in graph.inputs)])
-    lines = [f"def {_identifier(graph.name)}({parameters}):"]
+    lines = [f"def {_function_name(graph)}({parameters}):"]
     for index, node in enumerate(graph.nodes):
         op = REGISTRY[node.op]
         expression = op.lower(node, [names[value.name] for value in node.inputs])
         targets = ", ".join(names[value.name] for value in node.outputs)
         if len(node.outputs) == 1 and expression.startswith("("):
             expression = expression.strip()
-        comment = located("", node.path, node.source).strip(" ()")
+        comment = _printable(located("", node.path, node.source).strip(" ()"))
         lines.append(f"    {targets} = {expression}" + (f"  # {comment}" if comment else ""))
         dead = [names[name] for name in last_use.get(index, ())]
         if dead:
@@ -113,10 +114,13 @@ def _last_uses(graph: Graph) -> dict[int, list[str]]:
     return dead
 
 
+_RESERVED = frozenset((*dir(builtins), "device", "graphs", "kernels", "torch"))  # what generated code refers to
+
+
 def _names(graph: Graph) -> dict[str, str]:
     """A distinct Python identifier for each value."""
     names: dict[str, str] = {}
-    taken = {"device", "torch", "kernels"}
+    taken = set(_RESERVED)
     for value in graph.values():
         names[value.name] = name = _distinct(value, taken)
         taken.add(name)
@@ -131,6 +135,17 @@ def _distinct(value: Value, taken: set[str]) -> str:
     return name
 
 
+def _function_name(graph: Graph) -> str:
+    name = _identifier(graph.name)
+    return f"{name}_" if name in _RESERVED else name
+
+
+def _printable(note: str) -> str:
+    """Notes come from files: a line break in one must not end its comment."""
+    return "".join(letter if letter.isprintable() else " " for letter in note)
+
+
 def _identifier(name: str) -> str:
-    name = re.sub(r"\W", "_", name)
+    # ASCII only: Python takes some different letters in identifiers for the same
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
     return f"_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name

@@ -595,6 +595,7 @@ for _name, _function, _symbol in (
         lower=f"{{0}} {_symbol} {{1}}",
         domain="bool",
         kinds="bi",
+        aten=(*(f"{_name}.{o}" for o in ("Tensor", "Scalar")), *(f"__{_name[8:]}__.{o}" for o in ("Tensor", "Scalar"))),
         commutes=True,
         vjp=NOT_DIFFERENTIABLE,
         scalar_vjp=NOT_DIFFERENTIABLE,

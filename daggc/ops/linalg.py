@@ -86,12 +86,13 @@ def _import_matmul(b: Builder, x: Value, y: Value) -> Value:
     """torch.matmul: vectors are rows on the left and columns on the right."""
     first, second = x.type, y.type
     require(first.rank > 0 < second.rank, f"operands of at least 1 axis are required, got {first} and {second}")
-    if first.rank == 1:
-        product = _import_matmul(b, reshape(b, x, (1, first.numel)), y)
-        return reshape(b, product, product.type.shape[:-2] + product.type.shape[-1:])
-    if second.rank == 1:
-        product = _import_matmul(b, x, reshape(b, y, (second.numel, 1)))
-        return reshape(b, product, product.type.shape[:-1])
+    if first.rank == 1 or second.rank == 1:
+        left = reshape(b, x, (1, first.numel)) if first.rank == 1 else x
+        right = reshape(b, y, (second.numel, 1)) if second.rank == 1 else y
+        product = _import_matmul(b, left, right)
+        rows = () if first.rank == 1 else product.type.shape[-2:-1]
+        columns = () if second.rank == 1 else product.type.shape[-1:]
+        return reshape(b, product, (*product.type.shape[:-2], *rows, *columns))
     if second.rank == 2:
         return _fold(b, x, y)
     if first.rank == 2:  # torch folds the transposed product, so that the gradient of x is one product too

@@ -27,6 +27,7 @@ from daggc.ops.moments import (
     statistics_vjp,
     stats_type,
     sum_present,
+    wide_dtype,
     widen,
 )
 from daggc.ops.opdef import (
@@ -125,6 +126,7 @@ class _Norm:
         ct, x, *rest = inputs
         mean = rest.pop(0) if self.centered else None
         rstd, *weight = rest
+        require(len(weight) <= 1, "cotangent, x, statistics and weight are the inputs")
         return ct, x, mean, rstd, weight[0] if weight else None
 
     def infer_backward(self, inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -245,11 +247,18 @@ def affine(b: Builder, weight: Value | None, bias: Value | None) -> tuple[Value,
     return tuple(param for param in (weight, bias) if param is not None)
 
 
+def aten_outputs(x: Value, outputs: Sequence[Value]) -> tuple[Value | None, ...]:
+    """y and statistics; no statistics of 16-bit inputs: their dtype in torch depends on the device."""
+    y, *statistics = outputs
+    return y, *(statistics if wide_dtype(x.type.dtype) == x.type.dtype else (None for _ in statistics))
+
+
 def _native_layer_norm(
     b: Builder, x: Value, normalized_shape: Sequence[int], weight: Value | None, bias: Value | None, eps: float
-) -> tuple[Value, ...]:
+) -> tuple[Value | None, ...]:
     shape = tuple(normalized_shape)
-    return b.emit_many("layer_norm", x, *affine(b, weight, bias), normalized_shape=shape, eps=float(eps))
+    outputs = b.emit_many("layer_norm", x, *affine(b, weight, bias), normalized_shape=shape, eps=float(eps))
+    return aten_outputs(x, outputs)
 
 
 def _import_layer_norm(
@@ -260,7 +269,7 @@ def _import_layer_norm(
     bias: Value | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> Value:
+) -> Value | None:
     return _native_layer_norm(b, x, normalized_shape, weight, bias, eps)[0]
 
 
@@ -269,15 +278,15 @@ _EPSILON = {"f64": float(np.finfo(np.float64).eps)}  # torch's default eps is th
 
 def _fused_rms_norm(
     b: Builder, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, eps: float | None = None
-) -> tuple[Value, ...]:
+) -> tuple[Value | None, ...]:
     eps = _EPSILON.get(x.type.dtype, float(np.finfo(np.float32).eps)) if eps is None else float(eps)
     shape = tuple(normalized_shape)
-    return b.emit_many("rms_norm", x, *affine(b, weight, None), normalized_shape=shape, eps=eps)
+    return aten_outputs(x, b.emit_many("rms_norm", x, *affine(b, weight, None), normalized_shape=shape, eps=eps))
 
 
 def _import_rms_norm(
     b: Builder, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, eps: float | None = None
-) -> Value:
+) -> Value | None:
     return _fused_rms_norm(b, x, normalized_shape, weight, eps)[0]
 
 
@@ -303,10 +312,15 @@ def _native_group_norm(
     positions: int,
     groups: int,
     eps: float,
-) -> tuple[Value, ...]:
-    if x.type.shape[:2] != (n, channels):
-        x = reshape(b, x, (n, channels, positions))
-    return b.emit_many("group_norm", x, *affine(b, weight, bias), groups=groups, eps=float(eps))
+) -> tuple[Value | None, ...]:
+    y, *statistics = b.emit_many(
+        "group_norm",
+        reshape(b, x, (n, channels, positions)),
+        *affine(b, weight, bias),
+        groups=groups,
+        eps=float(eps),
+    )
+    return aten_outputs(x, (reshape(b, y, x.type.shape), *statistics))
 
 
 # --- the ops ------------------------------------------------------------------------------------------

@@ -232,8 +232,9 @@ def _randint(b: Builder, low: int, high: int, shape: Sequence[int], dtype: str) 
 
 
 def _import_exponential(b: Builder, x: Value, rate: float = 1.0, **_: Any) -> Value:
-    """By inversion; 1 - u is never zero."""
+    """By inversion; 1 - u is never zero. Zero becomes the least step, as on CUDA: Gumbel noise is its logarithm."""
     drawn = neg(b, b.emit("log1p", neg(b, uniform(b, x.type.shape, x.type.dtype))))
+    drawn = b.emit("maximum_scalar", drawn, value=2.0 ** -(_DIGITS[x.type.dtype] + 1))
     return drawn if rate == 1 else b.emit("div_scalar", drawn, value=float(rate))
 
 

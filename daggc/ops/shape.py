@@ -27,6 +27,7 @@ from daggc.ops.build import (
     reshape,
     sum_dims,
     transpose,
+    zeros_like,
 )
 from daggc.ops.opdef import (
     NOT_DIFFERENTIABLE,
@@ -200,6 +201,7 @@ register(
             "copy.default": _import_copy,
             "fill.Scalar": _import_fill,
             "fill.Tensor": _import_fill,
+            "zero.default": lambda b, x: zeros_like(b, x),
         },
         samples=(
             sample((3, 4), shape=(2, 6)),

@@ -63,7 +63,8 @@ def _evaluate(node: Node, x: np.ndarray) -> np.ndarray:
 
 def _evaluate_backward(node: Node, ct: np.ndarray) -> np.ndarray:
     x = np.zeros(node.output.type.shape, ct.dtype)
-    np.add.at(x, (slice(None), slice(None), *_grid(x.shape[2:], node.attrs)), ct)
+    places: Any = (slice(None), slice(None), *_grid(x.shape[2:], node.attrs))
+    np.add.at(x, places, ct)
     return x
 
 

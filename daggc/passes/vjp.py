@@ -8,7 +8,7 @@ The result is ordinary IR, so it can be differentiated again: ``vjp(vjp(p))`` jo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -77,6 +77,14 @@ def _chosen(forward: Graph, wrt: Iterable[str] | None) -> list[Port]:
     if unknown:
         raise DifferentiationError(f"@{forward.name} has no differentiable inputs {', '.join(sorted(unknown))}")
     return [port for port in forward.inputs if port.ref in wanted]
+
+
+def has_gradient(program: Program, wrt: Iterable[str]) -> bool:
+    """Whether any output of ``@forward`` depends differentiably on one of these inputs."""
+    wanted = set(wrt)
+    roots = {port.value.name for port in program.forward.inputs if port.ref in wanted}
+    active = _active_values(program.forward.nodes, roots)
+    return any(p.kind in DIFFERENTIATED_OUTPUTS and p.value.name in active for p in program.forward.outputs)
 
 
 def _unused(refs: set[str], kind: str, target: str) -> str:
@@ -163,14 +171,18 @@ def vjp(program: Program, wrt: Iterable[str] | None = None) -> Program:
         DifferentiationError: ``wrt`` names an input that is not there or not differentiable, or no output
             depends on it.
     """
-    graphs: Mapping[str, Graph] = program.graphs
-    forward = join(graphs["forward"], graphs["backward"]) if "backward" in graphs else program.forward
-    joint = simplify(differentiate(forward, wrt))
-    if len(joint.inputs) == len(forward.inputs):
+    if "backward" in program.graphs:
+        program = joined(program)
+    joint = simplify(differentiate(program.forward, wrt))
+    if len(joint.inputs) == len(program.forward.inputs):
         raise DifferentiationError("no output of @forward depends differentiably on what was asked for")
-    out_tree = None if "backward" in graphs else program.out_tree
-    base = replace(program, graphs={}, out_tree=out_tree)
-    return base.with_graphs(*split(joint, forward), provenance="vjp")
+    return replace(program, graphs={}).with_graphs(*split(joint, program.forward), provenance="vjp")
+
+
+def joined(program: Program) -> Program:
+    """The program whose ``@forward`` does what both graphs did: it gives the outputs and the gradients."""
+    forward = join(program.forward, program.backward)
+    return replace(program, graphs={"forward": forward}, in_tree=None, out_tree=None)
 
 
 @register_pass

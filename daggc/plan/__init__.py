@@ -1,1 +1,30 @@
-"""Plans: devices and costs, the cut into tasks, their placement and their order."""
+"""Plans: devices and costs, the cut into tasks, their placement and their order.
+
+The package is also the public function ``daggc.plan(program, devices)``: Python sets a package's name on its
+parent whenever a module of it is imported, so a function of that name would be lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from daggc.ir.graph import Program
+    from daggc.plan.device import Cluster, Device
+    from daggc.plan.plan import Plan
+
+
+class _Callable(ModuleType):
+    def __call__(self, program: Program, devices: Sequence[Device] | Cluster, **options: Any) -> Plan:
+        """Cut, place and order a program; see :func:`daggc.plan.plan.plan_model` for the options."""
+        from daggc.plan.device import Cluster, cluster_of  # here: this runs before the package's modules exist
+        from daggc.plan.plan import plan_model
+
+        cluster = devices if isinstance(devices, Cluster) else cluster_of(tuple(devices))
+        return plan_model(program, cluster, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

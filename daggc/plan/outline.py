@@ -196,6 +196,29 @@ def _task(
     return Node("call", tuple(inputs), tuple(results), Attrs(attrs), path), body
 
 
+def cheap_values(graph: Graph) -> frozenset[str]:
+    """Names of values that cost next to nothing to make again from their inputs.
+
+    Views and constants, and arithmetic on what comes from integers and constants alone: no parameter, no
+    random key, no Python function.
+    """
+    plain = {
+        port.value.name
+        for port in graph.inputs
+        if port.kind in ("input", "buffer", "constant") and not port.value.type.differentiable
+    }
+    cheap: set[str] = set()
+    for node in graph.nodes:
+        names = [value.name for value in node.outputs]
+        if node.op in RECOMPUTED:
+            cheap.update(names)
+        if node.op not in _OPAQUE and all(value.name in plain for value in node.inputs):
+            plain.update(names)
+            if REGISTRY[node.op].cost(node).op_class in _CHEAP:
+                cheap.update(names)
+    return frozenset(cheap)
+
+
 @dataclass(frozen=True)
 class _Sharing:
     """What is known of the values of a joint graph when a task decides to make some of them again."""
@@ -209,28 +232,12 @@ class _Sharing:
     @staticmethod
     def of(joint: Graph, stages: Mapping[str, int]) -> _Sharing:
         """``stages``: by first output name."""
-        plain = {
-            port.value.name
-            for port in joint.inputs
-            if port.kind in ("input", "buffer", "constant") and not port.value.type.differentiable
-        }
-        cheap: set[str] = set()
-        for node in joint.nodes:
-            names = [value.name for value in node.outputs]
-            if node.op in _OPAQUE:
-                continue
-            if all(value.name in plain for value in node.inputs):
-                plain.update(names)
-                if REGISTRY[node.op].cost(node).op_class in _CHEAP:
-                    cheap.update(names)
-            if node.op in RECOMPUTED:
-                cheap.update(names)
         return _Sharing(
             {port.value.name: port for port in joint.inputs},
             {value.name: node for node in joint.nodes for value in node.outputs},
             {value.name: index for index, value in enumerate(joint.values())},
             stages,
-            frozenset(cheap),
+            cheap_values(joint),
         )
 
     def position(self, node: Node) -> int:
@@ -287,13 +294,13 @@ class _Sharing:
 
 def summarize_paths(paths: Iterable[str]) -> str:
     """The modules of a task, shortened: ``wte .. blocks.3`` for all from the embedding to the fourth block."""
-    units = [unit for unit in dict.fromkeys(_unit(path) for path in paths if path) if unit]
+    units = [unit for unit in dict.fromkeys(unit_of(path) for path in paths if path) if unit]
     if len(units) <= 1:
         return "".join(units)
     return f"{units[0]} .. {units[-1]}"
 
 
-def _unit(path: str) -> str:
+def unit_of(path: str) -> str:
     """A path down to its first number: ``h.3`` of ``h.3.attn.c_proj``; all of it if there is none."""
     match = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
     return match.group(0) if match else path

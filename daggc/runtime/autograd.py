@@ -10,32 +10,32 @@ import torch
 
 from daggc.frontend.dtypes import TO_TORCH
 from daggc.ir.graph import Program
-from daggc.passes.vjp import vjp
+from daggc.passes.vjp import joined
 from daggc.runtime.executor import Executor
 
-MakeExecutor = Callable[[Program], Executor]
+# (program with @forward only, refs to differentiate with respect to: none for inference, None for all) -> executor
+MakeExecutor = Callable[[Program, "Sequence[str] | None"], Executor]
 
 
 class Differentiable:
-    """A program with ``@forward`` and ``@backward``, its executor and, on demand, its own derivative."""
+    """A program that runs with its VJP and has, on demand, a derivative that is such a program again."""
 
-    def __init__(self, program: Program, make_executor: MakeExecutor) -> None:
-        self.program = program
-        self.executor = make_executor(program)
+    def __init__(self, primal: Program, wrt: Sequence[str] | None, make_executor: MakeExecutor) -> None:
+        self.executor = make_executor(primal, wrt)
+        self.program = program = self.executor.program
         self._make_executor = make_executor
-        self.outputs = tuple(port for port in program.forward.outputs if port.kind != "residual")
-        inputs = {port.ref for port in program.forward.inputs}
+        self.outputs = primal.forward.outputs
+        inputs = {port.ref: place for place, port in enumerate(primal.forward.inputs)}
+        outputs = {port.ref: place for place, port in enumerate(self.outputs)}
         # Each new cotangent belongs to an output, each gradient to an input of forward.
-        new = [p for p in program.backward.inputs_of("cotangent") if p.ref not in inputs]
-        output_place = {port.ref: index for index, port in enumerate(self.outputs)}
-        self.cotangents = tuple((output_place[port.target.rstrip("'")], port.value.type) for port in new)
-        input_place = {port.ref: index for index, port in enumerate(program.forward.inputs)}
-        self.gradient_places = tuple(input_place[port.target.rstrip("'")] for port in program.backward.outputs)
+        new = [port for port in program.backward.inputs_of("cotangent") if port.ref not in inputs]
+        self.cotangents = tuple((outputs[port.target.rstrip("'")], port.value.type) for port in new)
+        self.gradient_places = tuple(inputs[port.target.rstrip("'")] for port in program.backward.outputs)
 
     @cached_property
     def derivative(self) -> Differentiable:
         """The program whose forward computes this one's outputs and gradients."""
-        return Differentiable(vjp(self.program), self._make_executor)
+        return Differentiable(joined(self.program), None, self._make_executor)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs in the order of ``self.outputs``; gradients flow to the inputs."""

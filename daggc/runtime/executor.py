@@ -9,12 +9,19 @@ import torch
 
 from daggc.backend.local import run_graph
 from daggc.ir.graph import Program
+from daggc.passes.vjp import vjp
 
 Tensors = Sequence[torch.Tensor]
 
 
 class Executor(Protocol):
-    """Runs ``@forward`` and ``@backward`` on tensors in the order of their ports."""
+    """Runs ``@forward`` and ``@backward`` on tensors in the order of their ports.
+
+    Attributes:
+        program: has both graphs, or only ``@forward`` if it was made for inference.
+    """
+
+    program: Program
 
     def forward(self, inputs: Tensors) -> tuple[Tensors, Any]:
         """The outputs (without residuals), and a handle of the residuals: tensors, or what stands for them."""
@@ -34,15 +41,13 @@ class Executor(Protocol):
 class LocalExecutor:
     """Runs in this process."""
 
-    def __init__(self, program: Program, device: str = "cpu") -> None:
-        self.program = program
+    def __init__(self, primal: Program, wrt: Sequence[str] | None, device: str = "cpu") -> None:
+        """``wrt``: refs to differentiate with respect to; None for all, empty for inference."""
+        inference = wrt is not None and not wrt
+        self.program = primal if inference else vjp(primal, wrt)
         self.device = device
-        self._outputs = sum(port.kind != "residual" for port in program.forward.outputs)
-        if "backward" in program.graphs:
-            places = {port.ref: index for index, port in enumerate(program.forward.inputs)}
-            self._reads = [
-                places.get(port.ref) for port in program.backward.inputs if port.kind != "residual"
-            ]  # None: one of the new cotangents
+        self._outputs = len(primal.forward.outputs)
+        self._reads = () if inference else places_of_reads(self.program)
 
     def forward(self, inputs: Tensors) -> tuple[Tensors, Any]:
         results = run_graph(self.program, self.program.forward, inputs, self.device)
@@ -52,3 +57,9 @@ class LocalExecutor:
         given = iter(cotangents)
         rest = [next(given) if place is None else inputs[place] for place in self._reads]
         return run_graph(self.program, self.program.backward, [*residuals, *rest], self.device)
+
+
+def places_of_reads(program: Program) -> tuple[int | None, ...]:
+    """For each input of ``@backward`` but residuals: its place among forward's inputs, None for a cotangent."""
+    places = {port.ref: index for index, port in enumerate(program.forward.inputs)}
+    return tuple(places.get(port.ref) for port in program.backward.inputs if port.kind != "residual")

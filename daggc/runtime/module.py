@@ -15,9 +15,14 @@ from daggc.frontend.export import Capture, capture
 from daggc.frontend.pytree import Spec, flatten
 from daggc.ir.graph import Port, Program
 from daggc.passes.manager import pipeline, run
-from daggc.passes.vjp import vjp
+from daggc.passes.vjp import has_gradient
+from daggc.plan.plan import Plan
 from daggc.runtime.autograd import Differentiable, MakeExecutor
+from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor
+from daggc.runtime.lazy import Pullback, lazy_call, lazy_vjp
+from daggc.runtime.pool import Pool
+from daggc.runtime.thunk import Thunk
 
 SIMPLIFY = "fold,canonicalize,cse,dce"
 _CACHE_SIZE = 16  # captured signatures kept for one module
@@ -35,6 +40,7 @@ class Entry:
     fetch: tuple[Fetch | None, ...]  # None: a user input or the random key
     function: Differentiable | None
     executor: Executor
+    local_tasks: DaskExecutor | None = None  # for thunks without a client, made when first asked for
 
     @property
     def out_spec(self) -> Spec:
@@ -50,7 +56,7 @@ class CompiledModule(nn.Module):
     module, which parameters require gradients. The 16 used last are kept.
     """
 
-    def __init__(self, model: nn.Module, make_executor: MakeExecutor) -> None:
+    def __init__(self, model: nn.Module, make_executor: MakeExecutor, pool: Pool | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise CaptureError(f"daggc.compile takes a torch.nn.Module, got a {type(model).__name__}")
         super().__init__()
@@ -60,6 +66,7 @@ class CompiledModule(nn.Module):
         self._modules = model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
+        self.pool = pool
         self._make_executor = make_executor
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
 
@@ -107,10 +114,9 @@ class CompiledModule(nn.Module):
         wrt += [port.ref for port, want in zip(forward.inputs_of("input"), wants, strict=True) if want]
         known = {port.ref for port in forward.inputs}
         wrt = [ref for ref in wrt if ref in known]
-        function = None
-        if torch.is_grad_enabled() and wrt and any(port.value.type.differentiable for port in forward.outputs):
-            function = Differentiable(vjp(program, wrt), self._make_executor)
-        executor = self._make_executor(program) if function is None else function.executor
+        differentiable = wrt if torch.is_grad_enabled() and has_gradient(program, wrt) else []
+        function = Differentiable(program, differentiable, self._make_executor) if differentiable else None
+        executor = self._make_executor(program, ()) if function is None else function.executor
         fetch = tuple(self._fetch(port, captured) for port in forward.inputs)
         return Entry(captured, program, forward.inputs, fetch, function, executor)
 
@@ -124,6 +130,28 @@ class CompiledModule(nn.Module):
         owner = self.model.get_submodule(owner_path)
         table: Mapping[str, Any] = owner._parameters if port.kind == "param" else owner._buffers
         return lambda: table[name]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the signature used last; None in this process and before the first call."""
+        entry = next(reversed(self._entries.values()), None)
+        return getattr(entry.executor, "plan", None) if entry else None
+
+    def lazy(self, *args: Any, **kwargs: Any) -> Thunk:
+        """The model's result as a Dask collection: nothing runs until ``compute`` or ``persist``.
+
+        Changes of buffers (batch norm's statistics) are not written back to the model.
+        """
+        return lazy_call(self, args, kwargs)
+
+    def vjp(self, *args: Any, **kwargs: Any) -> tuple[Thunk, Pullback]:
+        """The model's result as a thunk, and its pullback.
+
+        ``pullback(cotangent)`` gives ``({parameter name: thunk}, (thunk of each input))`` of gradients; the
+        cotangent has the structure of the result (None where there is none). With respect to all trainable
+        parameters and all floating-point inputs.
+        """
+        return lazy_vjp(self, args, kwargs)
 
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of ``@forward``'s ports: live parameters and buffers, the user's inputs, a fresh key."""

@@ -22,7 +22,7 @@ registered by a plug-in takes part in all of this through its ``samples``.
 from daggc.testing.arrays import domain_of, draw_array, random_inputs
 from daggc.testing.gradients import Slope, finite_difference, inner, random_direction
 from daggc.testing.programs import programs
-from daggc.testing.samples import OpSample, op_samples, sample_graph, with_dtype
+from daggc.testing.samples import OpSample, has_true_derivative, op_samples, sample_graph, with_dtype
 
 __all__ = [
     "OpSample",
@@ -30,6 +30,7 @@ __all__ = [
     "domain_of",
     "draw_array",
     "finite_difference",
+    "has_true_derivative",
     "inner",
     "op_samples",
     "programs",

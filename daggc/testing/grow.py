@@ -20,6 +20,7 @@ from daggc.testing.samples import OpSample
 _LIMIT = 4.0  # larger numbers are scaled down before they are read again
 _FRESH_ONLY = ("key",)
 _MAX_OUTPUTS = 3
+_MAX_CONCAT = 3  # more copies are made by a broadcast
 
 
 class Grower:
@@ -66,9 +67,11 @@ class Grower:
         eligible = [value for value in pool if value.name in self._active] if self.differentiable else pool
         if not eligible:
             eligible = [self._fresh(Arg(TensorType("f64", (2,))), smooth=True)]
+        read = {value.name for node in self.b.nodes for value in node.inputs}
+        unread = [value for value in pool if value.name not in read]
         chosen = [eligible[0]]
         for _ in range(self.draw(st.integers(0, _MAX_OUTPUTS - 1))):
-            chosen.append(self.draw(st.sampled_from(pool or eligible)))
+            chosen.append(self.draw(st.sampled_from(unread + pool or eligible)))
         for index, value in enumerate(chosen):
             self.b.output(value, "output", str(index))
         for port, kind, target in self._ports:
@@ -207,8 +210,12 @@ class Grower:
         if len(have) <= len(shape) and all(a in (1, b) for a, b in zip(have[::-1], shape[::-1], strict=False)):
             return self._emit("broadcast", value, shape=shape)
         flat = self._emit("reshape", value, shape=(value.type.numel,)) if value.type.rank != 1 else value
-        if flat.type.numel < want:
-            flat = self._emit("concat", *[flat] * math.ceil(want / flat.type.numel), dim=0)
+        copies = math.ceil(want / flat.type.numel) if want else 1
+        if 1 < copies <= _MAX_CONCAT:
+            flat = self._emit("concat", *[flat] * copies, dim=0)
+        elif copies > 1:
+            rows = self._emit("broadcast", flat, shape=(copies, flat.type.numel))
+            flat = self._emit("reshape", rows, shape=(copies * flat.type.numel,))
         if flat.type.numel > want:
             flat = self._emit("slice", flat, dim=0, start=0, end=want, step=1)
         return flat if flat.type.shape == shape else self._emit("reshape", flat, shape=shape)

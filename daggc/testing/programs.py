@@ -22,10 +22,8 @@ from daggc.ir.tree import LEAF, Tree
 from daggc.ops import REGISTRY
 from daggc.ops.opdef import NOT_DIFFERENTIABLE, Derivative
 from daggc.testing.grow import Grower
-from daggc.testing.samples import OpSample, op_samples, sample_graph, with_dtype
+from daggc.testing.samples import OpSample, has_true_derivative, op_samples, sample_graph, with_dtype
 
-# Differentiable by its rule, but the rule is not the derivative of the value.
-_NOT_THE_DERIVATIVE = frozenset(("stop_gradient",))
 _PATHS = ("", "blocks.0.mlp", 'odd"\\name', "größe.0")
 
 
@@ -85,7 +83,7 @@ def _is_smooth(sample: OpSample) -> bool:
     """Whether floats are f64 throughout and what depends on floats does so differentiably."""
     inputs = [arg.type for arg in sample.sample.inputs]
     outputs = REGISTRY.infer(sample.op.name, inputs, Attrs(sample.sample.attrs))
-    if sample.op.name in _NOT_THE_DERIVATIVE:
+    if not has_true_derivative(sample):
         return False
     if any(type_.differentiable and type_.dtype != "f64" for type_ in (*inputs, *outputs)):
         return False
@@ -95,9 +93,9 @@ def _is_smooth(sample: OpSample) -> bool:
 def _with_cotangent(sample: OpSample) -> tuple[bool, ...]:
     """For each argument, whether the op's VJP gives it a cotangent (a class weight, a running mean has none)."""
     inputs = sample.sample.inputs
-    if isinstance(sample.op.vjp, Derivative):
-        return tuple(arg.type.differentiable for arg in inputs)
     node = sample_graph(sample).nodes[0]
+    if isinstance(sample.op.vjp, Derivative) or not any(value.type.differentiable for value in node.outputs):
+        return tuple(arg.type.differentiable for arg in inputs)
     b = REGISTRY.builder("vjp")
     for value in (*node.inputs, *node.outputs):
         b.input(value.type, "residual", value.name, name=value.name)

@@ -46,6 +46,11 @@ def with_dtype(sample: OpSample, dtype: str, ops: Registry = REGISTRY) -> OpSamp
     return replace(sample, sample=Sample(inputs, attrs))
 
 
+def has_true_derivative(sample: OpSample) -> bool:
+    """Whether the VJP is the derivative of the value: it is not where a model asks for zero instead."""
+    return sample.op.name != "stop_gradient" and sample.sample.attrs.get("padding_idx") is None
+
+
 def sample_graph(sample: OpSample, ops: Registry = REGISTRY) -> Graph:
     """``forward`` with the sample's inputs, its one node and all its outputs."""
     b = ops.builder("forward")

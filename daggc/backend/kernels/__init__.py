@@ -25,6 +25,7 @@ from daggc.backend.kernels.norm import (
     rms_norm,
     rms_norm_backward,
 )
+from daggc.backend.kernels.optim import adamw_update, sgd_update, squared_norm
 from daggc.backend.kernels.pool import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -35,6 +36,7 @@ from daggc.backend.kernels.pool import (
 from daggc.backend.kernels.random import bernoulli, normal, randint, randperm, uniform
 
 __all__ = [
+    "adamw_update",
     "adaptive_avg_pool",
     "adaptive_avg_pool_backward",
     "attention",
@@ -64,6 +66,8 @@ __all__ = [
     "randperm",
     "rms_norm",
     "rms_norm_backward",
+    "sgd_update",
+    "squared_norm",
     "torch_call",
     "uniform",
 ]

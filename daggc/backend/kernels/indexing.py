@@ -19,7 +19,7 @@ def index_put(base: Tensor, dims: Sequence[int], indices: Sequence[Tensor], valu
     positions: list[Tensor | None] = [None] * base.dim()
     for dim, index in zip(dims, indices, strict=True):
         positions[dim] = index
-    return torch.index_put(base, positions, values, accumulate)
+    return torch.ops.aten.index_put.default(base, positions, values, accumulate)
 
 
 def _sum_by_index(base: Tensor, dims: Sequence[int], indices: Sequence[Tensor], values: Tensor) -> Tensor:

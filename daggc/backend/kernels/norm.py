@@ -26,6 +26,11 @@ def _wide(param: Tensor | None, shape: Sequence[int], fill: float) -> Tensor:
     return torch.full(tuple(shape), fill) if param is None else param.float()
 
 
+def _contiguous(param: Tensor | None) -> Tensor | None:
+    """Kernels read parameters of group norm, and statistics, as if they were contiguous."""
+    return None if param is None else param.contiguous()
+
+
 def _as(dtype: torch.dtype, *values: Tensor) -> tuple[Tensor, ...]:
     return tuple(value.to(dtype) for value in values)
 
@@ -58,6 +63,7 @@ def layer_norm_backward(
     own = weight
     if _narrow_on_cpu(x):
         own = _wide(weight, normalized_shape, 1.0)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     grads = _aten.native_layer_norm_backward(ct, x, normalized_shape, mean, rstd, own, own, mask)
     return grads[:1] if weight is None else (grads[0], *_as(weight.dtype, *grads[1:count]))
 
@@ -103,6 +109,7 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: in
         weight = _wide(weight, x.shape[1:2], 1.0)
         bias = _wide(bias, x.shape[1:2], 0.0)
     sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    weight, bias = _contiguous(weight), _contiguous(bias)
     y, *statistics = torch.native_group_norm(_dense(x), weight, bias, *sizes, groups, eps)
     return y, *_as(_stats_dtype(x), *statistics)
 
@@ -119,7 +126,9 @@ def group_norm_backward(
     x = _dense(x)
     sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     mask = [True, count > 1, count > 2]
-    grads = _aten.native_group_norm_backward(_dense(ct, x), x, mean, rstd, own, *sizes, groups, mask)
+    grads = _aten.native_group_norm_backward(
+        _dense(ct, x), x, mean.contiguous(), rstd.contiguous(), _contiguous(own), *sizes, groups, mask
+    )
     return grads[:1] if weight is None else (grads[0], *_as(weight.dtype, *grads[1:count]))
 
 

@@ -18,9 +18,7 @@ def _fused(param: Tensor, others: Sequence[Tensor]) -> bool:
     """16-bit tensors take torch's single-tensor steps, which round each result as eager does."""
     tensors = (param, *others)
     return (
-        param.device.type in _FUSED_DEVICES
-        and param.dtype in _FUSED_DTYPES
-        and all(x.is_contiguous() for x in tensors)
+        param.device.type in _FUSED_DEVICES and param.dtype in _FUSED_DTYPES and all(x.is_contiguous() for x in tensors)
     )
 
 
@@ -46,7 +44,7 @@ def sgd_update(
     states = _own(given, donate)
     new = param.clone()
     if _fused(new, (grad, *states)):
-        torch._fused_sgd_(
+        torch.ops.aten._fused_sgd_(
             [new], [grad], states, weight_decay=weight_decay, momentum=momentum, lr=rate, dampening=dampening,
             nesterov=nesterov, maximize=maximize, is_first_step=first,
         )  # fmt: skip
@@ -80,7 +78,7 @@ def adamw_update(
     states = _own(given, donate)
     new = param.clone()
     if _fused(new, (grad, *states)):
-        update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        update = torch.ops.aten._fused_adamw_ if decoupled else torch.ops.aten._fused_adam_
         counts = [torch.tensor(count, dtype=torch.float32, device=param.device)]
         update(
             [new], [grad], [states[0]], [states[1]], states[2:], counts, lr=rate, beta1=beta1, beta2=beta2,

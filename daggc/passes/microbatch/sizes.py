@@ -30,12 +30,14 @@ class Sizes:
         batch: samples in the first capture.
         other: samples in the second; equal if there is none.
         changing: value name -> axes whose size changes.
+        growing: value name -> those among them whose size is in proportion to the batch.
         attrs: index of a node -> its attributes that differ, with both values.
     """
 
     batch: int
     other: int
     changing: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    growing: Mapping[str, frozenset[int]] = field(default_factory=dict)
     attrs: Mapping[int, Mapping[str, tuple[Attr, Attr]]] = field(default_factory=dict)
 
     def proportional(self, pair: tuple[Attr, Attr]) -> int:
@@ -84,18 +86,18 @@ def compare(forward: Graph, other: Graph | None, batch: int, other_batch: int) -
     """What changes between two captures that :func:`difference` found to be one graph."""
     if other is None:
         return Sizes(batch, batch)
-    changing = {
-        value.name: frozenset(
-            axis for axis, pair in enumerate(zip(value.type.shape, twin.type.shape, strict=True)) if pair[0] != pair[1]
-        )
-        for value, twin in zip(forward.values(), other.values(), strict=True)
-    }
+    changing: dict[str, frozenset[int]] = {}
+    growing: dict[str, frozenset[int]] = {}
+    for value, twin in zip(forward.values(), other.values(), strict=True):
+        pairs = list(enumerate(zip(value.type.shape, twin.type.shape, strict=True)))
+        changing[value.name] = frozenset(axis for axis, (n, m) in pairs if n != m)
+        growing[value.name] = frozenset(axis for axis, (n, m) in pairs if n != m and n * other_batch == m * batch)
     attrs = {
         index: changed
         for index, (node, twin) in enumerate(zip(forward.nodes, other.nodes, strict=True))
         if (changed := _changed(node, twin))
     }
-    return Sizes(batch, other_batch, changing, attrs)
+    return Sizes(batch, other_batch, changing, growing, attrs)
 
 
 def _changed(node: Node, twin: Node) -> dict[str, tuple[Attr, Attr]]:

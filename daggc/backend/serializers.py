@@ -1,0 +1,77 @@
+"""How tensors travel between workers, and how big Dask believes they are.
+
+Dask's own handler goes through ``tensor.numpy()``, which refuses bf16 and CUDA tensors (the transfer then
+hangs), and counts every tensor as 80 bytes. Here the bytes go as they are, for every dtype; they arrive
+64-byte aligned (kernels give other last bits at odd addresses) and in the layout they had (contiguous or
+channels_last). Importing this module registers the handlers, on the client and on each worker.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import distributed.protocol.torch  # noqa: F401  # Dask's own handlers register first, then ours replace them
+import torch
+from dask.sizeof import sizeof
+from distributed.protocol import dask_deserialize, dask_serialize
+
+from daggc.errors import RunError
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@sizeof.register(torch.Tensor)
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return 80 + tensor.numel() * tensor.element_size()
+
+
+@dask_serialize.register((torch.Tensor, torch.nn.Parameter))
+def serialize_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], list[memoryview]]:
+    """Header and bytes. Raises RunError for tensors that have no plain bytes (sparse, meta, quantized)."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise RunError(f"a {tensor.layout} tensor on {tensor.device} cannot travel between workers; make it dense")
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    memory_format = _FORMATS.get(plain.dim(), torch.contiguous_format)
+    channels_last = memory_format is not torch.contiguous_format and not plain.is_contiguous()
+    if not (channels_last and plain.is_contiguous(memory_format=memory_format)):
+        channels_last = False
+        plain = plain.contiguous()
+    header = {
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "shape": tuple(plain.shape),
+        "channels_last": channels_last,
+        "requires_grad": tensor.requires_grad,
+        "parameter": isinstance(tensor, torch.nn.Parameter),
+    }
+    if channels_last:
+        plain = plain.permute(0, *range(2, plain.dim()), 1)
+    flat = plain.reshape(-1)
+    if flat.numel() == 0:
+        return header, []
+    return header, [memoryview(flat.view(torch.uint8).numpy())]
+
+
+@dask_deserialize.register((torch.Tensor, torch.nn.Parameter))
+def deserialize_tensor(header: dict[str, Any], frames: list[Any]) -> torch.Tensor:
+    """The tensor, in fresh memory of torch's allocator: writable and 64-byte aligned."""
+    shape = tuple(header["shape"])
+    stored = (shape[0], *shape[2:], shape[1]) if header["channels_last"] else shape
+    tensor = torch.empty(stored, dtype=getattr(torch, header["dtype"]))
+    if tensor.numel():
+        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        at = 0
+        for frame in frames:
+            view = memoryview(frame).cast("B")
+            target[at : at + len(view)] = view
+            at += len(view)
+    if header["channels_last"]:
+        tensor = tensor.permute(0, len(shape) - 1, *range(1, len(shape) - 1))
+    if header["parameter"]:
+        return torch.nn.Parameter(tensor, requires_grad=header["requires_grad"])
+    return tensor.requires_grad_() if header["requires_grad"] else tensor
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its memory starts at a 64-byte boundary, else a copy that does."""
+    return tensor if tensor.data_ptr() % 64 == 0 or tensor.device.type != "cpu" else tensor.clone()

@@ -1,0 +1,224 @@
+"""The command line. Each command reads its arguments, calls one function of the package and prints the result.
+
+torch is loaded only by commands that are given a Python model or run on torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console, RenderableType
+from safetensors.numpy import save_file
+
+import daggc
+from daggc.errors import DaggcError, RunError
+from daggc.interp import Arrays
+from daggc.ir.graph import Program
+from daggc.ir.printer import print_program
+from daggc.ir.serialize import load, load_weights, save, to_json, weights_path
+from daggc.ir.verifier import verify
+from daggc.ops import REGISTRY
+from daggc.passes.manager import pipeline, run
+from daggc.report import stages, tasks, text
+from daggc.report.diff import diff_programs
+from daggc.report.dot import to_dot
+from daggc.report.mermaid import to_mermaid
+from daggc.report.picture import picture
+from daggc.report.running import BACKENDS, fill_inputs, run_program
+
+FORMATS = ("text", "json", "dot", "mermaid")
+_SHOWN = 6  # numbers of an output that are printed
+
+
+class _Commands(click.Group):
+    """Says what went wrong in one message on stderr, with exit status 1; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DaggcError, OSError) as wrong:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"daggc: {wrong}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(daggc.__version__, prog_name="daggc")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """From a PyTorch model to forward and backward task graphs on Dask workers.
+
+    MODEL is path/to/file.py:factory or package.module:factory, a callable that gives (model, args) or
+    (model, args, kwargs); or a .dag or .json file.
+    """
+
+
+_devices = click.option("--devices", default="2", show_default=True, help="A number of CPU workers, or cpu:0,cuda:0.")
+_out = click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to stdout.")
+
+
+@main.command("dump-ir")
+@click.argument("model")
+@click.option("--stage", type=click.Choice((*stages.STAGES, "dask")), default="captured", show_default=True)
+@click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option("--weights", type=click.Path(dir_okay=False, path_type=Path), help="Write the weights (safetensors).")
+@_devices
+@_out
+def dump_ir(model: str, stage: str, form: str, weights: Path | None, devices: str, out: Path | None) -> None:
+    """Print MODEL's program at a stage of compilation.
+
+    The stage "dask" lists the tasks of a plan: key, worker's device, graph it runs, dependencies.
+    """
+    source = stages.open_source(model)
+    cluster = stages.parse_devices(devices)
+    if weights is not None:
+        _save_arrays(dict(source.weights), weights)
+    if stage == "dask":
+        rows = tasks.dask_tasks(stages.at_stage(source.program, "plan", cluster))
+        render_tasks: dict[str, Callable[[], str]] = {
+            "text": lambda: text.render(tasks.table(rows), 160),
+            "json": lambda: json.dumps([row.to_json() for row in rows], indent=1) + "\n",
+            "dot": lambda: to_dot(tasks.task_picture(rows)),
+            "mermaid": lambda: to_mermaid(tasks.task_picture(rows)),
+        }
+        _write(render_tasks[form](), out)
+    else:
+        _write(render_program(stages.at_stage(source.program, stage, cluster), form), out)
+
+
+def render_program(program: Program, form: str) -> str:
+    """A program as text, JSON, DOT or Mermaid."""
+    if form == "json":
+        return json.dumps(to_json(program)) + "\n"
+    if form == "dot":
+        return to_dot(picture(program))
+    return to_mermaid(picture(program)) if form == "mermaid" else print_program(program)
+
+
+@main.command("verify")
+@click.argument("file", type=click.Path(dir_okay=False))
+def verify_file(file: str) -> None:
+    """Check every rule of the IR on a .dag or .json FILE."""
+    program = load(file)
+    verify(program, REGISTRY)
+    click.echo(f"OK: {text.counts(program)}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--passes", default=stages.SIMPLIFY, show_default=True, help='Such as "fold,cse,vjp{wrt=params},dce".')
+@_out
+def opt(file: str, passes: str, out: Path | None) -> None:
+    """Run passes over a .dag or .json FILE, verifying after each."""
+    steps = pipeline(passes)
+    program = load(file)
+    verify(program, REGISTRY)
+    after = run(program, steps)
+    form = "json" if out is not None and out.suffix == ".json" else "text"
+    _write(render_program(after, form), out)
+
+
+@main.command("run")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--weights", type=click.Path(dir_okay=False), help="By default FILE with the suffix .safetensors.")
+@click.option("--inputs", type=click.Path(dir_okay=False), help="safetensors, by port: input_ids, cotangent:output:0.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the outputs (safetensors).")
+@click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of random ops and of --random.")
+@click.option("--random", "random_", is_flag=True, help="Random numbers for every input that is not given.")
+def run_file(
+    file: str, weights: str | None, inputs: str | None, out: Path | None, backend: str, seed: int, random_: bool
+) -> None:
+    """Run a .dag or .json FILE, without the model's source."""
+    program = load(file)
+    verify(program, REGISTRY)
+    given: dict[str, np.ndarray] = {}
+    beside = weights_path(file)
+    for path in (weights or (beside if beside.exists() else None), inputs):
+        if path is not None:
+            given |= load_weights(path)
+    filled = fill_inputs(program.forward, given, seed, random_)
+    results = run_program(program, filled, backend)
+    for name, array in results.items():
+        click.echo(f"{name}: {describe(array)}")
+    if out is not None:
+        _save_arrays(results, out)
+
+
+def describe(array: np.ndarray) -> str:
+    """dtype, shape and the first numbers."""
+    shown = " ".join(f"{number:.6g}" for number in array.reshape(-1)[:_SHOWN].tolist())
+    more = " ..." if array.size > _SHOWN else ""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}] {shown}{more}"
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.pass_context
+def diff(ctx: click.Context, a: str, b: str) -> None:
+    """Compare what two programs compute; exit status 1 if they differ. A and B are models or files."""
+    lines = diff_programs(stages.open_source(a).program, stages.open_source(b).program)
+    click.echo("\n".join(lines) if lines else "the same structure")
+    ctx.exit(1 if lines else 0)
+
+
+@main.command()
+@click.argument("model")
+def summary(model: str) -> None:
+    """Nodes, FLOPs and bytes of MODEL by op, and what leaves the portable ops."""
+    program = stages.open_source(model).program
+    _show(text.summary(program))
+    click.echo(text.counts(program))
+
+
+@main.command()
+@click.argument("model")
+@_devices
+@_out
+def plan(model: str, devices: str, out: Path | None) -> None:
+    """Print the tasks MODEL is cut into and where they run; with -o, write the plan's program."""
+    made = stages.make_plan(stages.open_source(model).program, stages.parse_devices(devices))
+    for graph in text.placed_graphs(made.program):
+        _show(text.tasks_table(graph, made.program))
+    if out is not None:
+        save(made.program, out)
+
+
+@main.command()
+@click.argument("model")
+@_devices
+def explain(model: str, devices: str) -> None:
+    """Say why MODEL's plan is as it is."""
+    made = stages.make_plan(stages.open_source(model).program, stages.parse_devices(devices))
+    click.echo(str(made.explain()).rstrip("\n"))
+
+
+def _show(table: RenderableType) -> None:
+    """Print a table: as wide as the terminal, or 120 columns into a file."""
+    console = Console()
+    console.print(table) if console.is_terminal else click.echo(text.render(table), nl=False)
+
+
+def _write(content: str, out: Path | None) -> None:
+    if out is None:
+        click.echo(content, nl=False)
+    else:
+        out.write_text(content)
+
+
+def _save_arrays(arrays: Arrays, path: Path) -> None:
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    except Exception as wrong:  # safetensors raises its own errors, and OSError without the path
+        raise RunError(f"cannot write {path}: {wrong}") from wrong
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Planning: from a captured program and a cluster to placed graphs of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+
+from daggc.errors import DifferentiationError, PlanError
+from daggc.ir.graph import Graph, Node, Program
+from daggc.passes.split import split
+from daggc.passes.vjp import differentiate, simplify
+from daggc.plan.cost import Costs, graph_flops
+from daggc.plan.device import Cluster
+from daggc.plan.explain import explain
+from daggc.plan.outline import outline, unit_of
+from daggc.plan.partition import Alternative, Partition, device_loads, memory_of, partition
+from daggc.plan.place import place
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One segment of the model on one device.
+
+    Attributes:
+        device: its name.
+        paths: the modules in it, in order.
+        flops: of its forward and backward, for one batch as captured.
+        share: of the model's FLOPs.
+        param_bytes: of the parameters that live here.
+        memory: bytes it is expected to need.
+        sent: bytes of values that go on to later stages; ``returned``: of cotangents that come back.
+        seconds: predicted for its forward and backward, without transfers.
+    """
+
+    index: int
+    device: str
+    paths: tuple[str, ...]
+    flops: float
+    share: float
+    param_bytes: float
+    memory: float
+    sent: float
+    returned: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A program cut into tasks and placed.
+
+    Attributes:
+        program: placed ``@forward`` and ``@backward`` (training) and the bodies of their calls.
+        cluster: what it is planned for.
+        stages: in order; several may be on one device.
+        stage_of: first output name of each node of the captured forward -> index of its stage.
+        joint: primal and cotangent nodes as one graph, before cutting.
+        main: ``joint`` outlined into calls, not placed.
+        placed: ``main`` with devices and transfers.
+        seconds: predicted for one batch, from input to the last gradient: the critical path.
+        slowest: seconds the busiest device is busy for one batch; the time of a step in a full pipeline.
+        bound: seconds below which no cut can bring ``slowest``.
+        critical: tasks on the critical path.
+        alternatives: what was considered, the chosen cut first.
+        notes: what a user should know.
+    """
+
+    program: Program
+    cluster: Cluster
+    stages: tuple[Stage, ...]
+    stage_of: Mapping[str, int]
+    joint: Graph
+    main: Graph
+    placed: Graph
+    training: bool
+    seconds: float
+    slowest: float
+    bound: float
+    critical: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[Node, ...]:
+        """The placed ``call`` nodes, in an order in which they can run."""
+        return tuple(node for node in self.placed.nodes if node.op == "call")
+
+    @property
+    def bodies(self) -> dict[str, Graph]:
+        """The tasks' bodies by name."""
+        return {str(node.attrs["callee"]): self.program[str(node.attrs["callee"])] for node in self.tasks}
+
+    def device_of(self, node: Node) -> str:
+        """The device of a call of ``main``, or of any node with the attribute ``stage``."""
+        return self.stages[node.attrs["stage"]].device
+
+    def shares(self) -> dict[str, float]:
+        """The share of the model's FLOPs that each device does."""
+        shares = dict.fromkeys((stage.device for stage in self.stages), 0.0)
+        for stage in self.stages:
+            shares[stage.device] += stage.share
+        return shares
+
+    def explain(self) -> str:
+        """A text that shows the stages and says why they are so."""
+        return explain(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's decisions as plain data; the program has its own form."""
+        return {
+            "cluster": self.cluster.to_json(),
+            "stages": [{**vars(stage), "paths": list(stage.paths)} for stage in self.stages],
+            "stage_of": dict(self.stage_of),
+            "training": self.training,
+            "seconds": self.seconds,
+            "slowest": self.slowest,
+            "bound": self.bound,
+            "critical": list(self.critical),
+            "alternatives": [vars(alternative) for alternative in self.alternatives],
+            "notes": list(self.notes),
+        }
+
+
+def plan_model(
+    program: Program,
+    cluster: Cluster,
+    *,
+    wrt: Iterable[str] | None = None,
+    stages: int | None = None,
+    pins: Mapping[str, str] | None = None,
+    split_backward: bool = False,
+    training: bool = True,
+    microbatches: int = 1,
+) -> Plan:
+    """Differentiate a captured program, cut it into stages, and place their tasks.
+
+    Args:
+        program: has ``@forward`` alone.
+        wrt: refs of the inputs to differentiate with respect to; see :func:`~daggc.passes.vjp.differentiate`.
+        stages: how many stages to make; by default as many as there are devices, if that helps.
+        pins: pattern of module paths -> device, such as ``{"blocks.0": "cpu:1"}``.
+        split_backward: make tasks of their own of the gradients of parameters.
+        training: whether there is a backward at all.
+        microbatches: that a step will be made of; see :func:`~daggc.plan.partition.partition`.
+
+    Raises:
+        PlanError: nothing fits the devices, or a pin cannot be kept.
+        DifferentiationError: ``wrt`` names what has no gradient, or no output depends on it.
+    """
+    if set(program.graphs) != {"forward"}:
+        raise PlanError(f"a program with @forward alone is planned, this one has {', '.join(program.graphs)}")
+    forward = _with_origins(program.forward)
+    joint = simplify(differentiate(forward, wrt) if training else forward)
+    if training and len(joint.inputs) == len(forward.inputs):
+        raise DifferentiationError("no output of @forward depends differentiably on what was asked for")
+    cut = partition(joint, forward, cluster, stages=stages, pins=pins, microbatches=microbatches)
+    main, bodies = outline(joint, forward, cut.stage_of, split_backward=split_backward)
+    names = [cluster.devices[segment.device].name for segment in cut.cut.segments]
+    placed = place(main, lambda node: names[node.attrs["stage"]])
+    first, second = split(placed, forward)
+    graphs = (first, second) if training else (first,)
+    planned = replace(program, graphs={}).with_graphs(*graphs, *bodies.values(), provenance="plan")
+    seconds, critical = critical_path(placed, bodies, cluster)
+    return Plan(
+        program=planned,
+        cluster=cluster,
+        stages=_stages(cut, cluster, microbatches),
+        stage_of=cut.stage_of,
+        joint=joint,
+        main=main,
+        placed=placed,
+        training=training,
+        seconds=seconds,
+        slowest=max(device_loads(cut.work, cluster, cut.cut.segments).values()),
+        bound=lower_bound(cut, cluster),
+        critical=critical,
+        alternatives=cut.cut.alternatives,
+        notes=cut.cut.notes,
+    )
+
+
+def _with_origins(forward: Graph) -> Graph:
+    """Every node is its own origin, so that what a pass makes of it is known to belong to it."""
+    nodes = tuple(replace(node, origin=node.outputs[0].name) for node in forward.nodes)
+    return replace(forward, nodes=nodes)
+
+
+def _stages(cut: Partition, cluster: Cluster, microbatches: int) -> tuple[Stage, ...]:
+    work, segments = cut.work, cut.cut.segments
+    total = max(float(work.flops.sum()), 1e-30)
+    stages: list[Stage] = []
+    for index, segment in enumerate(segments):
+        here = slice(segment.start, segment.stop)
+        device = cluster.devices[segment.device]
+        flops = float(work.flops[here].sum())
+        units = dict.fromkeys(unit_of(node.path) for node in work.nodes[here] if node.path)
+        stages.append(
+            Stage(
+                index=index,
+                device=device.name,
+                paths=tuple(units),
+                flops=flops,
+                share=flops / total,
+                param_bytes=float(work.params[here].sum()),
+                memory=memory_of(work, segments, index, microbatches),
+                sent=float(work.sent[segment.stop]),
+                returned=float(work.returned[segment.stop]),
+                seconds=float(work.seconds(device)[here].sum()) + device.overhead * work.passes,
+            )
+        )
+    return tuple(stages)
+
+
+def lower_bound(cut: Partition, cluster: Cluster) -> float:
+    """Seconds that the slowest device of any cut is busy at least.
+
+    Every node on the device that is fastest for it, and that work spread over all devices without transfers; or
+    the largest node, which is not divided, if that takes longer.
+    """
+    times = [cut.work.seconds(device) for device in cluster.devices]
+    fastest = times[0].copy()
+    for own in times[1:]:
+        fastest = fastest.clip(max=own)
+    return max(float(fastest.sum()) / len(times), float(fastest.max(initial=0)))
+
+
+def critical_path(placed: Graph, bodies: Mapping[str, Graph], cluster: Cluster) -> tuple[float, tuple[str, ...]]:
+    """The longest chain of tasks and transfers of a placed graph: its seconds, and its tasks."""
+    seconds = {node.outputs[0].name: task_seconds(node, bodies, cluster) for node in placed.nodes if node.outputs}
+    makers = {value.name: node for node in placed.nodes for value in node.outputs}
+    chains = nx.DiGraph()
+    for node in placed.nodes:
+        if node.outputs:
+            chains.add_edge(node.outputs[0].name, "", weight=seconds[node.outputs[0].name])
+            for value in node.inputs:
+                if value.name in makers:
+                    source = makers[value.name].outputs[0].name
+                    chains.add_edge(source, node.outputs[0].name, weight=seconds[source])
+    if not chains:
+        return 0.0, ()
+    path = nx.dag_longest_path(chains)[:-1]
+    calls = [makers[name] for name in path if makers[name].op == "call"]
+    return sum(seconds[name] for name in path), tuple(str(node.attrs["callee"]) for node in calls)
+
+
+def task_seconds(node: Node, bodies: Mapping[str, Graph], cluster: Cluster) -> float:
+    """Predicted time of a placed call, or of a transfer."""
+    if node.op == "transfer":
+        (value,) = node.inputs
+        return cluster.between(str(value.type.device), node.attrs["device"]).seconds(value.type.nbytes)
+    device = cluster.device(node.attrs["device"])
+    body = bodies[str(node.attrs["callee"])]
+    return device.overhead + float(Costs.of(body.nodes).seconds(device).sum())
+
+
+def task_flops(node: Node, bodies: Mapping[str, Graph]) -> float:
+    """FLOPs of a call, what it makes again included; none for a transfer."""
+    return graph_flops(bodies[str(node.attrs["callee"])]) if node.op == "call" else 0.0

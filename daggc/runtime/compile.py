@@ -1,0 +1,59 @@
+"""``daggc.compile``: where a model is bound to this process or to the workers of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from distributed import Client
+from torch import nn
+
+from daggc.errors import RunError
+from daggc.ir.graph import Program
+from daggc.runtime.dask_executor import DaskExecutor
+from daggc.runtime.executor import Executor, LocalExecutor
+from daggc.runtime.module import CompiledModule
+from daggc.runtime.pool import current_client, pool_of
+
+
+def compile(
+    model: nn.Module,
+    *,
+    client: Client | None = None,
+    devices: Sequence[str] | None = None,
+    stages: int | None = None,
+    pins: Mapping[str, str] | None = None,
+    split_backward: bool = False,
+) -> CompiledModule:
+    """A module that runs ``model`` as a compiled program: in this process, or on the workers of a client.
+
+    Nothing is captured yet: that happens at the first call, once for each signature. The result is a drop-in
+    ``nn.Module`` with the model's own parameters, buffers and state_dict keys; ``loss.backward()`` and any
+    ``torch.optim`` work as before.
+
+    Args:
+        client: a Dask client; by default the one that is open in this process, if any. Without one
+            everything runs in this process. A cluster is never started.
+        devices: names of the devices (``cpu:0``) or workers to use; by default all workers.
+        stages: into how many stages to cut the model; by default one for each device.
+        pins: patterns of module paths (``blocks.0*``) -> device names.
+        split_backward: make gradients of weights tasks of their own, so that gradients of activations leave
+            a stage sooner.
+
+    Raises:
+        RunError: the client has no workers, or its cluster does not answer.
+        PlanError: a device does not exist.
+    """
+    client = client or current_client()
+    if client is None:
+        if devices or pins or (stages or 1) > 1:
+            raise RunError(
+                "devices=, stages= and pins= place work on Dask workers, and there is no client: "
+                "open one first, as in client = distributed.Client(LocalCluster(n_workers=2))"
+            )
+        return CompiledModule(model, LocalExecutor, None)
+    pool = pool_of(client, devices)
+
+    def make_executor(program: Program, wrt: Sequence[str] | None) -> Executor:
+        return DaskExecutor(program, wrt, pool, stages=stages, pins=pins, split_backward=split_backward)
+
+    return CompiledModule(model, make_executor, pool)

@@ -1,0 +1,167 @@
+"""The workers of a Dask client as devices: who they are, whether they live, submitting to them, waiting for them.
+
+Work is pinned to workers by address. A pinned task whose worker is gone would wait for ever, so every wait
+here looks, twice a second, whether all workers of the pool are still there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dask
+from distributed import Client, Future, default_client, wait
+from distributed.comm import CommClosedError
+
+from daggc.backend import serializers  # noqa: F401  # registers how tensors travel, on this side
+from daggc.backend.dask_graph import Emission
+from daggc.errors import PlanError, RunError, WorkerLostError
+from daggc.ir.graph import Program
+from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
+from daggc.runtime.worker import Facts, ProgramPlugin, describe
+
+_POLL = 0.5  # seconds between looks at the workers while waiting
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Workers in a fixed order, as devices ``cpu:0``, ``gpu:1``, ... numbered by their names."""
+
+    client: Client
+    facts: tuple[Facts, ...]
+    cluster: Cluster
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Device name -> worker address."""
+        return {device.name: fact.address for device, fact in zip(self.cluster.devices, self.facts, strict=True)}
+
+    def ship(self, key: str, program: Program, functions: Mapping[str, Callable[..., Any]]) -> None:
+        """Make a program known to all workers, those that join later too."""
+        self.client.register_plugin(ProgramPlugin(key, program, functions))
+
+    def forget(self, key: str) -> None:
+        """Undo :meth:`ship`; a scheduler that is gone has forgotten already."""
+        if self.client.status == "running":
+            self.client.unregister_worker_plugin(f"daggc-{key}")
+
+    def submit(self, emission: Emission, keys: Sequence[str]) -> list[Future]:
+        """Submit tasks, each pinned to its device's worker; returns futures of ``keys``."""
+        addresses = self.addresses
+        workers = {key: addresses[device] for key, device in emission.device.items()}
+        priority = emission.priority
+        with dask.annotate(
+            workers=lambda key: workers.get(key), priority=lambda key: priority.get(key, 0), allow_other_workers=False
+        ):
+            return self.client.get(emission.tasks, list(keys), sync=False)
+
+    def scatter(self, tensors: Mapping[str, Any], device: str) -> Future:
+        """Send a dict of tensors to a device's worker; the future's result is that dict."""
+        if self.client.scheduler is not None and self.client.scheduler.address.startswith("inproc"):
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # workers share our memory
+        (future,) = self.client.scatter([dict(tensors)], workers=[self.addresses[device]], hash=False)
+        return future
+
+    def run_on(self, device: str, function: Callable[..., Any], *args: Any) -> Future:
+        """Run a function once on a device's worker."""
+        return self.client.submit(
+            function, *args, workers=[self.addresses[device]], allow_other_workers=False, pure=False, retries=0
+        )
+
+    def gather(self, futures: Sequence[Future], timeout: float | None = None) -> list[Any]:
+        """Wait for futures and fetch their results.
+
+        Raises:
+            WorkerLostError: a worker of the pool is gone; the futures are cancelled.
+            RunError: the scheduler is gone, or ``timeout`` seconds have passed.
+            DaggcError: what a task raised.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                wait(futures, timeout=_POLL)
+                break
+            except TimeoutError:
+                self.check(futures)
+            if deadline is not None and time.monotonic() > deadline:
+                self.cancel(futures)
+                raise RunError(f"{len(futures)} results were not there within {timeout:g} seconds")
+        try:
+            return list(self.client.gather(list(futures)))
+        except (CommClosedError, OSError, RuntimeError) as wrong:
+            if isinstance(wrong, RunError):
+                raise
+            self.check(futures)
+            raise RunError(f"a task failed on a worker: {type(wrong).__name__}: {wrong}") from wrong
+        except Exception:
+            self.check(futures)  # KilledWorker and the like: say which worker it was
+            raise
+
+    def check(self, futures: Sequence[Future] = ()) -> None:
+        """Raise WorkerLostError if a worker of the pool is gone, RunError if the scheduler is."""
+        try:
+            alive = set(self.client.nthreads())
+        except (CommClosedError, OSError, TimeoutError, ValueError) as wrong:
+            raise RunError(f"the Dask scheduler does not answer ({wrong}); start a cluster and resume") from wrong
+        if self.client.status not in ("running", "connecting"):
+            raise RunError("the Dask client lost its scheduler; start a cluster and resume from a checkpoint")
+        lost = {name: address for name, address in self.addresses.items() if address not in alive}
+        if lost:
+            self.cancel(futures)
+            which = ", ".join(f"{name} ({address})" for name, address in lost.items())
+            raise WorkerLostError(
+                f"worker {which} is gone, and with it what it held of the model; "
+                "resume: build the train step again on the workers that are left and load the last checkpoint"
+            )
+
+    def cancel(self, futures: Sequence[Future]) -> None:
+        if futures and self.client.status == "running":
+            self.client.cancel(list(futures), force=True)
+
+
+def pool_of(client: Client, devices: Sequence[str] | None = None) -> Pool:
+    """Ask all workers of a client what they are, and number them as devices.
+
+    Args:
+        devices: use only these, by device name (``cpu:0``) or worker name.
+
+    Raises:
+        RunError: there are no workers, they do not answer, or they run different versions of torch.
+        PlanError: a device of ``devices`` does not exist.
+    """
+    try:  # describing themselves, workers import this package, and with it how tensors travel
+        facts: dict[str, Facts] = client.run(describe, on_error="raise")
+    except (CommClosedError, OSError, TimeoutError) as wrong:
+        raise RunError(f"the Dask cluster does not answer: {wrong}") from wrong
+    if not facts:
+        raise RunError("the Dask client has no workers; start some, or wait for them with client.wait_for_workers(n)")
+    ordered = sorted(facts.values(), key=lambda fact: (_number(fact.name), fact.name, fact.address))
+    versions = {fact.torch for fact in ordered}
+    if len(versions) > 1:
+        raise RunError(f"workers run different versions of torch: {', '.join(sorted(versions))}; use one")
+    chosen: list[tuple[Device, Facts]] = []
+    for index, fact in enumerate(ordered):
+        make = gpu_device if fact.device == "cuda" else cpu_device
+        device = replace(make(index), memory=fact.memory)
+        if devices is None or device.name in devices or fact.name in devices:
+            chosen.append((device, fact))
+    known = {name for device, fact in chosen for name in (device.name, fact.name)}
+    if devices is not None and set(devices) - known:
+        missing = ", ".join(sorted(set(devices) - known))
+        have = ", ".join(f"{'gpu' if fact.device == 'cuda' else 'cpu'}:{i}" for i, fact in enumerate(ordered))
+        raise PlanError(f"there is no device {missing}; the client's workers are {have}")
+    return Pool(client, tuple(fact for _, fact in chosen), cluster_of([device for device, _ in chosen]))
+
+
+def _number(name: str) -> float:
+    return float(name) if name.isdigit() else float("inf")
+
+
+def current_client() -> Client | None:
+    """The client that is open in this process, if any. Never starts one."""
+    try:
+        return default_client()
+    except ValueError:
+        return None

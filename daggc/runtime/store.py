@@ -1,0 +1,95 @@
+"""State that stays on a worker: parameters, buffers and optimizer state of its stages, versioned.
+
+A step reads version k and its update makes version k + 1. Parameters are double-buffered: version k stays
+readable until k + 2 is made, so a task of step k may run again. Optimizer state is updated in place, so an
+update is guarded: it runs only on the version it expects, once; run again, it finds its work done. An update
+that fails halfway poisons the state, and everything after fails clearly until it is restored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from daggc.errors import RunError
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Store:
+    """One model's state on one worker."""
+
+    version: int
+    tensors: dict[str, torch.Tensor]
+    previous: dict[str, torch.Tensor] = field(default_factory=dict)
+    poisoned: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.previous = dict(self.tensors)
+
+    def read(self, ref: str, version: int) -> torch.Tensor:
+        """A tensor as of a version. Raises RunError if that version is gone, or the state is poisoned."""
+        self._require_sound()
+        if version == self.version:
+            return self.tensors[ref]
+        # Optimizer state is changed in place: only the update itself may read it, at the newest version.
+        if version == self.version - 1 and not ref.startswith("state:"):
+            return self.previous[ref]
+        raise RunError(f"{ref!r} was asked at version {version}, the worker has version {self.version}")
+
+    def update(self, version: int, compute: Callable[[], Tensors]) -> None:
+        """Make version + 1 by ``compute()``, unless that was done already.
+
+        Raises RunError if the state is at neither of the two versions.
+        """
+        with self.lock:
+            self._require_sound()
+            if self.version == version + 1:
+                return
+            if self.version != version:
+                raise RunError(f"an update of version {version} met version {self.version}")
+            self.poisoned = True  # until compute() and the commit are through
+            changed = compute()
+            self.previous = dict(self.tensors)
+            self.tensors.update(changed)
+            self.version += 1
+            self.poisoned = False
+
+    def _require_sound(self) -> None:
+        if self.poisoned:
+            raise RunError("an update failed halfway; restore the state from a checkpoint")
+
+
+_STORES: dict[str, Store] = {}
+
+
+def put(name: str, version: int, tensors: Tensors) -> int:
+    """Create or replace a store in this process; the tensors are copied. Returns the version."""
+    copies = {ref: tensor.detach().clone(memory_format=torch.preserve_format) for ref, tensor in tensors.items()}
+    _STORES[name] = Store(version, copies)
+    return version
+
+
+def get(name: str) -> Store:
+    """A store of this process. Raises RunError if there is none (its worker restarted)."""
+    try:
+        return _STORES[name]
+    except KeyError:
+        raise RunError("the state of this model is not on this worker; restore it from a checkpoint") from None
+
+
+def snapshot(name: str, version: int) -> dict[str, torch.Tensor]:
+    """All tensors of a store, on the CPU. Raises RunError if it is not at that version."""
+    store = get(name)
+    with store.lock:
+        return {ref: store.read(ref, version).cpu() for ref in store.tensors}
+
+
+def drop(name: str) -> None:
+    """Forget a store."""
+    _STORES.pop(name, None)
