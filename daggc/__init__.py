@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from daggc import testing as testing
     from daggc.api import Cluster as Cluster
     from daggc.api import Device as Device
@@ -46,12 +44,8 @@ if TYPE_CHECKING:
     from daggc.frontend.export import weights_of as weights_of
     from daggc.frontend.opaque import opaque as opaque
     from daggc.plan.plan import Plan as Plan
+    from daggc.plan.request import plan_on as plan
     from daggc.runtime.compile import compile as compile
-
-    def plan(program: Program, devices: Sequence[Device] | Cluster, **options: Any) -> Plan:
-        """Cut, place and order a program; see :func:`daggc.plan.plan.plan_model`."""
-        ...
-
 
 
 def __getattr__(name: str) -> Any:

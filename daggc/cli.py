@@ -29,7 +29,7 @@ from daggc.report.diff import diff_programs
 from daggc.report.dot import to_dot
 from daggc.report.mermaid import to_mermaid
 from daggc.report.picture import picture
-from daggc.report.running import BACKENDS, fill_inputs, run_program
+from daggc.report.running import BACKENDS, check_names, fill_inputs, run_program
 
 FORMATS = ("text", "json", "dot", "mermaid")
 _SHOWN = 6  # numbers of an output that are printed
@@ -138,13 +138,12 @@ def run_file(
     """Run a .dag or .json FILE, without the model's source."""
     program = load(file)
     verify(program, REGISTRY)
-    given: dict[str, np.ndarray] = {}
     beside = weights_path(file)
-    for path in (weights or (beside if beside.exists() else None), inputs):
-        if path is not None:
-            given |= load_weights(path)
-    filled = fill_inputs(program.forward, given, seed, random_)
-    results = run_program(program, filled, backend)
+    stored = weights or (beside if beside.exists() else None)
+    arrays = load_weights(inputs) if inputs else {}
+    check_names(program, arrays)
+    given = {**(load_weights(stored) if stored else {}), **arrays}
+    results = run_program(program, fill_inputs(program, given, seed, random_), backend)
     for name, array in results.items():
         click.echo(f"{name}: {describe(array)}")
     if out is not None:
@@ -215,7 +214,7 @@ def _write(content: str, out: Path | None) -> None:
 
 def _save_arrays(arrays: Arrays, path: Path) -> None:
     try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
     except Exception as wrong:  # safetensors raises its own errors, and OSError without the path
         raise RunError(f"cannot write {path}: {wrong}") from wrong
 

@@ -44,7 +44,8 @@ def interpret(
             given.setdefault(port.ref, np.zeros(port.value.type.shape, port.value.type.numpy_dtype))
         gradients = run(program, backward, _port_arrays(backward, given))
         named |= {port.ref: array for port, array in zip(backward.outputs, gradients, strict=True)}
-    return {ref: array for ref, array in named.items() if not ref.startswith("residual:")}
+    # In C order: safetensors writes the bytes of other layouts as if they were, and says nothing.
+    return {ref: np.asarray(array, order="C") for ref, array in named.items() if not ref.startswith("residual:")}
 
 
 def _port_arrays(graph: Graph, inputs: Arrays) -> list[np.ndarray]:
@@ -56,7 +57,9 @@ def _port_arrays(graph: Graph, inputs: Arrays) -> list[np.ndarray]:
         if array is None and targets.count(port.target) == 1:
             array = inputs.get(port.target)
         if array is None:
-            raise RunError(f"@{graph.name} needs {port.ref!r}, a {port.value.type}; given: {', '.join(inputs)}")
+            named = [name for name in inputs if not {name, name.partition(":")[2]} & set(targets)]  # not weights
+            unknown = f"; given beside what it takes: {', '.join(named[:5])}" if named else ""
+            raise RunError(f"@{graph.name} needs {port.ref!r}, a {port.value.type}, which was not given{unknown}")
         arrays.append(check_array(np.asarray(array), port))
     return arrays
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,3 +13,12 @@ settings.register_profile("deep", max_examples=2000, deadline=None, suppress_hea
 settings.load_profile("quick")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_workers():
+    """A Dask client of two worker processes with one thread each, shared by all tests that need no more."""
+    from cluster import processes  # most tests need no cluster
+
+    with processes(2) as client:
+        yield client

@@ -18,7 +18,9 @@ TOLERANCES = {"f64": 1e-10, "f32": 3e-5, "f16": 4e-3, "bf16": 3e-2, "c64": 3e-5,
 
 def coarsest(graph: Graph) -> float | None:
     """The tolerance of the coarsest float dtype in a graph: f32 statistics of bf16 numbers are no better."""
-    return max((TOLERANCES[value.type.dtype] for value in graph.values() if value.type.dtype in TOLERANCES), default=None)
+    return max(
+        (TOLERANCES[value.type.dtype] for value in graph.values() if value.type.dtype in TOLERANCES), default=None
+    )
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

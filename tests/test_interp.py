@@ -38,8 +38,14 @@ def test_inputs_by_ref_or_by_target():
     [
         ({}, "needs 'param:fc.weight', a f64\\[2,3\\]"),
         ({"fc.weight": np.zeros((2, 3))}, "needs 'input:0'.*given: fc.weight"),
-        ({"fc.weight": np.zeros((2, 3)), "0": np.zeros((3, 2))}, "'input:0' must be a f64\\[2,3\\], got float64\\[3, 2\\]"),
-        ({"fc.weight": np.zeros((2, 3), np.float32), "0": np.zeros((2, 3))}, "'param:fc.weight' must be .* got float32"),
+        (
+            {"fc.weight": np.zeros((2, 3)), "0": np.zeros((3, 2))},
+            "'input:0' must be a f64\\[2,3\\], got float64\\[3, 2\\]",
+        ),
+        (
+            {"fc.weight": np.zeros((2, 3), np.float32), "0": np.zeros((2, 3))},
+            "'param:fc.weight' must be .* got float32",
+        ),
         ({"fc.weight": np.zeros((2, 3)), "0": [1, 2]}, "'input:0' must be"),
     ],
 )
@@ -82,7 +88,9 @@ def test_every_type_is_what_it_says(program: Program):
 @given(programs(dtypes=("f64",), max_ops=6))
 def test_every_node_agrees_with_torch(program: Program):
     """Node by node, on what the interpreter computed: rounding cannot add up, so any op may take part."""
-    values = dict(zip((p.value.name for p in program.forward.inputs), random_inputs(program.forward).values(), strict=True))
+    values = dict(
+        zip((p.value.name for p in program.forward.inputs), random_inputs(program.forward).values(), strict=True)
+    )
     for node in program.forward.nodes:
         arrays = [values[value.name] for value in node.inputs]
         results = evaluate_node(node, arrays)

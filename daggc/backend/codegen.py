@@ -18,8 +18,8 @@ from typing import cast
 import torch
 
 from daggc.backend import kernels
-from daggc.errors import DaggcError, RunError, located
-from daggc.ir.graph import Graph, Value
+from daggc.errors import DaggcError, IRError, RunError, located
+from daggc.ir.graph import Graph, Node, Value
 from daggc.ops import REGISTRY
 
 
@@ -86,6 +86,7 @@ def generate(graph: Graph) -> str:
     lines = [f"def {_function_name(graph)}({parameters}):"]
     for index, node in enumerate(graph.nodes):
         op = REGISTRY[node.op]
+        _refuse_code(node)
         expression = op.lower(node, [names[value.name] for value in node.inputs])
         targets = ", ".join(names[value.name] for value in node.outputs)
         if len(node.outputs) == 1 and expression.startswith("("):
@@ -98,6 +99,23 @@ def generate(graph: Graph) -> str:
     results = "".join(f"{names[port.value.name]}, " for port in graph.outputs)
     lines.append(f"    return ({results.rstrip()})" if results else "    return ()")
     return "\n".join(lines) + "\n"
+
+
+# Programs come from files, and attributes end up in source: no text that could call anything may get there.
+_HARMLESS = re.compile(r"[\w.,:>\- ]*")
+_QUOTED = ("call", "python.call", "torch.call")  # their lowering writes attributes as literals only
+
+
+def _refuse_code(node: Node) -> None:
+    if node.op in _QUOTED:
+        return
+    pending = list(node.attrs.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, tuple):
+            pending += value
+        elif isinstance(value, str) and not _HARMLESS.fullmatch(value):
+            raise IRError(located(f"{node.op}: not an attribute of any op: {value!r}", node.path, node.source))
 
 
 def _last_uses(graph: Graph) -> dict[int, list[str]]:

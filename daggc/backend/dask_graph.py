@@ -36,6 +36,8 @@ class Resident:
 
 
 Source = Found | Resident
+# Of a task: the position of a dependency and an index into it (None: the whole), or a value of the store.
+Argument = tuple[int, int | str | None] | Resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +47,31 @@ class Call:
     Attributes:
         program: the hash under which workers know the program.
         callee: the graph to run.
-        arguments: for each input of the callee, the position among the task's dependencies and an index into
-            that dependency (None: the whole), or a :class:`Resident`.
-        commits: refs under which outputs are committed to the worker's store; empty unless this is an update.
-        name: for timelines: ``stage0.forward``.
+        arguments: one for each input of the callee.
+        name: for timelines: ``F0.1``, or the callee's name.
         microbatch: its number, or -1.
     """
 
     program: str
     callee: str
-    arguments: tuple[tuple[int, int | str | None] | Resident, ...]
-    commits: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...]
     name: str = ""
     microbatch: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the task is told that makes a worker's next version of the state: one for each device and step.
+
+    Attributes:
+        calls: updates of parameters, run one after the other.
+        commits: for each call, the refs under which its outputs are committed.
+        values: other refs that are committed, and where among the dependencies their values are.
+    """
+
+    calls: tuple[Call, ...]
+    commits: tuple[tuple[str, ...], ...]
+    values: tuple[tuple[str, Argument], ...]
 
 
 @dataclass
@@ -68,8 +82,9 @@ class Emission:
         tasks: by key.
         device: the device each key is pinned to.
         priority: higher runs first; calls keep the order of the graph.
-        outputs: where each output port's value is, by ref; absent for those committed to a store.
+        outputs: where each output port's value is, by ref; not those committed to a store.
         calls: keys of call tasks, in order.
+        updates: for each device, the task that commits its new state.
     """
 
     tasks: dict[str, Task | DataNode] = field(default_factory=dict)
@@ -77,6 +92,7 @@ class Emission:
     priority: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, Found] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    updates: dict[str, Found] = field(default_factory=dict)
 
 
 def emit(
@@ -86,8 +102,8 @@ def emit(
     inputs: Mapping[str, Source],
     run: Callable[..., Any],
     *,
-    context: tuple[Any, ...] = (),
-    commit_kinds: Collection[str] = (),
+    context: Mapping[str, Any] | None = None,
+    update: Callable[..., Any] | None = None,
     after: Mapping[str, Found] | None = None,
 ) -> Emission:
     """Emit a placed graph of calls and transfers.
@@ -97,91 +113,143 @@ def emit(
         token: makes the keys of this run distinct; keys look like ``daggc.stage0.forward-<token>-3``.
         inputs: where each input port's value is, by ref.
         run: the entry point of a task: ``run(call, context, *dependencies)``.
-        context: handed to every task, such as the id and version of the state it reads.
-        commit_kinds: output ports of these kinds are committed to the worker's store by the call that makes
-            them, rather than being results.
-        after: for each device, a task that must end before any call there that reads the store begins.
+        context: for each device, what its tasks are handed, such as the id and version of the state they read.
+        update: the entry point of the task that commits, on each device, new ``param``, ``state`` and
+            ``buffer`` outputs to its store; without it they are results as others are.
+        after: for each device, a task that must end before any task there that reads the store begins.
 
     Raises:
         PlanError: an input has no source, or a resident value would have to move.
     """
-    result = Emission()
-    found: dict[str, Source] = {}
-    home: dict[str, str] = {}
-    for port in graph.inputs:
-        if port.ref not in inputs:
-            raise PlanError(f"@{graph.name}: nothing was given for input {port.ref!r}")
-        found[port.value.name] = inputs[port.ref]
-        home[port.value.name] = str(port.value.type.device)
-    commits = {port.value.name: port for port in graph.outputs if port.kind in commit_kinds}
-    call_keys: dict[str, str] = {}
+    emitter = _Emitter(graph, program, token, run, context or {}, after or {}, set(COMMITTED) if update else set())
+    emitter.inputs(inputs)
     for position, node in enumerate(graph.nodes):
+        emitter.node(position, node)
+    if update is not None:
+        emitter.updates(update)
+    emitter.outputs()
+    return emitter.result
+
+
+COMMITTED = ("param", "state", "buffer")
+
+
+class _Dependencies(dict[str, int]):
+    """Keys of tasks a task depends on -> their positions."""
+
+    def at(self, key: str) -> int:
+        return self.setdefault(key, len(self))
+
+    def argument(self, source: Source) -> Argument:
+        return source if isinstance(source, Resident) else (self.at(source.key), source.index)
+
+    def refs(self) -> list[TaskRef]:
+        return [TaskRef(key) for key in self]
+
+
+class _Emitter:
+    """Walks the nodes of one graph; keeps where each value is."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        program: str,
+        token: str,
+        run: Callable[..., Any],
+        context: Mapping[str, Any],
+        after: Mapping[str, Found],
+        committed: set[str],
+    ) -> None:
+        self.graph, self.program, self.token = graph, program, token
+        self.run, self.context, self.after = run, context, after
+        self.result = Emission()
+        self.found: dict[str, Source] = {}
+        self.keys: dict[str, str] = {}  # name of a call's task attribute -> its key
+        self.commits = {port.value.name: port for port in graph.outputs if port.kind in committed}
+        self.deferred: dict[str, list[Node]] = {}  # device -> calls that update its store
+
+    def inputs(self, inputs: Mapping[str, Source]) -> None:
+        for port in self.graph.inputs:
+            if port.ref not in inputs:
+                raise PlanError(f"@{self.graph.name}: nothing was given for input {port.ref!r}")
+            self.found[port.value.name] = inputs[port.ref]
+
+    def node(self, position: int, node: Node) -> None:
         if node.op == "transfer":
-            source = _send(result, node, found[node.inputs[0].name], token, position)
-            found[node.output.name] = source
-        elif node.op == "call":
-            key = _call(result, node, found, commits, program, token, position, run, context, after or {}, call_keys)
-            call_keys[node.outputs[0].name] = key
-            for index, value in enumerate(node.outputs):
-                found[value.name] = Found(key, index)
-                home[value.name] = str(value.type.device)
+            self.found[node.output.name] = _send(
+                self.result, node, self.found[node.inputs[0].name], self.token, position
+            )
+        elif node.op != "call":
+            raise PlanError(f"@{self.graph.name}: a placed graph holds calls and transfers, got {node.op}")
+        elif any(self._updates(value.name) for value in node.outputs):
+            self.deferred.setdefault(str(node.attrs["device"]), []).append(node)
         else:
-            raise PlanError(f"@{graph.name}: a placed graph holds calls and transfers, got {node.op}")
-    for port in graph.outputs:
-        source = found[port.value.name]
-        if port.value.name in commits:
-            continue
-        if isinstance(source, Resident):
-            raise PlanError(f"@{graph.name}: output {port.ref!r} is a resident value as it is")
-        result.outputs[port.ref] = source
-    return result
+            self.call(position, node)
 
+    def _updates(self, name: str) -> bool:
+        """Whether a value is a new parameter or optimizer state (new buffers come out of forward calls)."""
+        return name in self.commits and self.commits[name].kind != "buffer"
 
-def _call(
-    result: Emission,
-    node: Node,
-    found: Mapping[str, Source],
-    commits: Mapping[str, Port],
-    program: str,
-    token: str,
-    position: int,
-    run: Callable[..., Any],
-    context: tuple[Any, ...],
-    after: Mapping[str, Found],
-    call_keys: Mapping[str, str],
-) -> str:
-    """Add the task of a call; returns its key."""
-    callee = str(node.attrs["callee"])
-    device = str(node.attrs["device"])
-    dependencies: dict[str, int] = {}
-    arguments: list[tuple[int, int | str | None] | Resident] = []
-    for value in node.inputs:
-        source = found[value.name]
-        if isinstance(source, Resident):
-            arguments.append(source)
-        else:
-            place = dependencies.setdefault(source.key, len(dependencies))
-            arguments.append((place, source.index))
-    committed = tuple(commits[value.name].ref if value.name in commits else "" for value in node.outputs)
-    uses_store = any(committed) or any(isinstance(argument, Resident) for argument in arguments)
-    if uses_store and device in after:
-        dependencies.setdefault(after[device].key, len(dependencies))
-    for name in node.attrs.get("after", ()):
-        dependencies.setdefault(call_keys[name], len(dependencies))
-    call = Call(
-        program,
-        callee,
-        tuple(arguments),
-        committed if any(committed) else (),
-        callee,
-        int(node.attrs.get("microbatch", -1)),
-    )
-    key = f"daggc.{callee}-{token}-{position}"
-    result.tasks[key] = Task(key, run, call, context, *(TaskRef(dependency) for dependency in dependencies))
-    result.device[key] = device
-    result.priority[key] = -position
-    result.calls.append(key)
-    return key
+    def call(self, position: int, node: Node) -> None:
+        """Add the task of a call."""
+        device = str(node.attrs["device"])
+        dependencies = _Dependencies()
+        call = self.described(node, dependencies)
+        if device in self.after and any(isinstance(argument, Resident) for argument in call.arguments):
+            dependencies.at(self.after[device].key)
+        for task in node.attrs.get("after", ()):
+            if task in self.keys:
+                dependencies.at(self.keys[task])
+        key = f"daggc.{call.callee}-{self.token}-{position}"
+        self.add(key, Task(key, self.run, call, self.context.get(device), *dependencies.refs()), device, -position)
+        self.result.calls.append(key)
+        self.keys[call.name] = key
+        self.found.update((value.name, Found(key, index)) for index, value in enumerate(node.outputs))
+
+    def described(self, node: Node, dependencies: _Dependencies) -> Call:
+        callee = str(node.attrs["callee"])
+        arguments = tuple(dependencies.argument(self.found[value.name]) for value in node.inputs)
+        name = str(node.attrs.get("task", callee))
+        return Call(self.program, callee, arguments, name, int(node.attrs.get("microbatch", -1)))
+
+    def updates(self, update: Callable[..., Any]) -> None:
+        """For each device with state, one task that makes its next version."""
+        homes = {str(p.value.type.device) for p in self.graph.inputs if isinstance(self.found[p.value.name], Resident)}
+        for number, device in enumerate(sorted(homes | set(self.deferred))):
+            dependencies = _Dependencies()
+            if device in self.after:
+                dependencies.at(self.after[device].key)
+            nodes = self.deferred.get(device, [])
+            calls = tuple(self.described(node, dependencies) for node in nodes)
+            commits = tuple(tuple(self.commits[value.name].ref for value in node.outputs) for node in nodes)
+            values = tuple(
+                (port.ref, dependencies.argument(self.found[name]))
+                for name, port in self.commits.items()
+                if name in self.found and str(port.value.type.device) == device
+            )
+            key = f"daggc.update-{self.token}-{number}"
+            # Later than every task that reads the version it replaces: those are its dependencies' ancestors,
+            # or, where nothing is updated, calls of this run on this device.
+            readers = [k for k in self.result.calls if self.result.device[k] == device] if not nodes else []
+            for reader in readers:
+                dependencies.at(reader)
+            task = Task(key, update, Update(calls, commits, values), self.context.get(device), *dependencies.refs())
+            self.add(key, task, device, -len(self.graph.nodes))
+            self.result.updates[device] = Found(key)
+
+    def add(self, key: str, task: Task, device: str, priority: int) -> None:
+        self.result.tasks[key] = task
+        self.result.device[key] = device
+        self.result.priority[key] = priority
+
+    def outputs(self) -> None:
+        for port in self.graph.outputs:
+            if port.value.name in self.commits:
+                continue
+            source = self.found[port.value.name]
+            if isinstance(source, Resident):
+                raise PlanError(f"@{self.graph.name}: output {port.ref!r} is a resident value as it is")
+            self.result.outputs[port.ref] = source
 
 
 def _send(result: Emission, node: Node, source: Source, token: str, position: int) -> Found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import distributed.protocol.torch  # noqa: F401  # Dask's own handlers register first, then ours replace them
+import distributed.protocol.torch  # noqa: F401  # Dask's handlers register first, then ours replace them
 import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
@@ -49,7 +49,7 @@ def serialize_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], list[memoryv
     flat = plain.reshape(-1)
     if flat.numel() == 0:
         return header, []
-    return header, [memoryview(flat.view(torch.uint8).numpy())]
+    return header, [flat.view(torch.uint8).numpy().data]
 
 
 @dask_deserialize.register((torch.Tensor, torch.nn.Parameter))
@@ -59,7 +59,7 @@ def deserialize_tensor(header: dict[str, Any], frames: list[Any]) -> torch.Tenso
     stored = (shape[0], *shape[2:], shape[1]) if header["channels_last"] else shape
     tensor = torch.empty(stored, dtype=getattr(torch, header["dtype"]))
     if tensor.numel():
-        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        target = tensor.reshape(-1).view(torch.uint8).numpy().data
         at = 0
         for frame in frames:
             view = memoryview(frame).cast("B")

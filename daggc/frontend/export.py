@@ -45,21 +45,34 @@ class Capture:
 class _Flat(nn.Module):
     """The model as a function from a list of tensors to a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, in_spec: Spec, note_result: Callable[[Spec], None]) -> None:
+    def __init__(self, model: nn.Module, call: Call, in_spec: Spec, note_result: Callable[[Spec], None]) -> None:
         super().__init__()
         self.model = model
+        self._call = call
         self._in_spec = in_spec
         self._note_result = note_result  # export undoes assignments to attributes
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._in_spec.rebuild(iter(leaves))
-        tensors, spec = flatten(self.model(*args, **kwargs))
+        tensors, spec = flatten(self._call(self.model, *args, **kwargs))
         self._note_result(spec)
         return tuple(tensors)
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
+Call = Callable[..., Any]  # (model, *args, **kwargs) -> result
+
+
+def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, call: Call = _plain_call
+) -> Capture:
     """Capture a model at the shapes of its example inputs, in the mode (train or eval) each module is in.
+
+    Args:
+        call: what is captured, as ``call(model, *args, **kwargs)``: the model alone, or with its loss.
 
     Raises:
         CaptureError: with the user's module path and source line, if the model cannot be captured
@@ -70,7 +83,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     _refuse_hooks(model)
     leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
     results: list[Spec] = []
-    flat = _Flat(model, in_spec, results.append)
+    flat = _Flat(model, call, in_spec, results.append)
     with _explained(model), recording(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(leaves), strict=False)

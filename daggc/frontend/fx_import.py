@@ -70,7 +70,10 @@ def _inputs(importer: _Importer, exported: ExportedProgram, in_tree: Tree, canon
                 shared[target] = b.input(ir_type(node.meta["val"]), kinds[spec.kind], target)
             values[node] = shared[target]
         elif spec.kind == InputKind.CONSTANT_TENSOR:
-            tensor = exported.constants[str(spec.target)].detach()
+            held = exported.constants[str(spec.target)]
+            if not isinstance(held, torch.Tensor):
+                raise CaptureError(f"the model holds a constant {spec.target!r} that is not a tensor: {type(held)}")
+            tensor = held.detach()
             if tensor.numel() <= _SMALL:
                 values[node] = b.emit("constant", value=dense(tensor))
             else:
@@ -150,6 +153,8 @@ class _Importer:
             return self.b.emit("stop_gradient", *args)
         if target is torch.ops.daggc.python_call.default:
             return self.python_call(node, *args)
+        if "conv" in str(target) and _channels_last(node):
+            kwargs["memory_format"] = "channels_last"
         results = self.portable(target, args, kwargs)
         if results is None:
             results = self.torch_call(node, target)
@@ -237,6 +242,8 @@ class _Importer:
 
     def check(self, node: fx.Node, results: Any) -> None:
         """Refuse an import whose types are not the ones torch computed: nothing may change silently."""
+        if node.target is torch.ops.aten._native_batch_norm_legit_functional.default:
+            results = results[:1]  # torch declares the wrong dtype for statistics of 16-bit models
         metas = node.meta.get("val")
         pairs = zip(results, metas, strict=False) if isinstance(metas, tuple | list) else ((results, metas),)
         for value, meta in pairs:
@@ -246,6 +253,19 @@ class _Importer:
                     raise CaptureError(
                         located(f"{node.target} was imported as {value.type}, it is {expected}", *provenance(node))
                     )
+
+
+def _channels_last(node: fx.Node) -> bool:
+    """Whether eager computes a convolution in channels_last: its input or weight has that layout."""
+    metas = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, fx.Node)]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return any(
+        isinstance(meta, torch.Tensor)
+        and meta.dim() in formats
+        and not meta.is_contiguous()
+        and meta.is_contiguous(memory_format=formats[meta.dim()])
+        for meta in metas
+    )
 
 
 def _attribute(module: torch.nn.Module, target: str) -> Any:

@@ -37,6 +37,8 @@ class Dense:
         """Raises IRError if the bytes do not fill the type."""
         if type_.device is not None or len(data) != type_.nbytes:
             raise IRError(f"a dense {type_} is on no device and has {type_.nbytes} bytes, got {len(data)}")
+        if type_.dtype == "bool" and data.strip(b"\0\1"):
+            raise IRError("the bytes of a dense bool are 0 and 1")
         return Dense(type_, data)
 
     def numpy(self) -> np.ndarray:

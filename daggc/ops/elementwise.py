@@ -174,7 +174,7 @@ unary(
 )
 unary(
     "sign",
-    np.sign,
+    lambda x: np.where(x == x, np.sign(x), 0),  # torch's sign of NaN is 0
     NOT_DIFFERENTIABLE,
     to_float=False,
     kinds="if",

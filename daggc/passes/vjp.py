@@ -29,6 +29,44 @@ WRT = {
     "params": ("param",),
     "inputs": ("input", "cotangent"),
 }
+# The rules are written for real numbers and do not conjugate. Of complex numbers they hold for what is linear
+# with real factors; torch differentiates what is behind a door.
+_COMPLEX_TOO = frozenset(
+    [
+        "add",
+        "add_scalar",
+        "broadcast",
+        "cast",
+        "concat",
+        "cumsum",
+        "div_scalar",
+        "embedding",
+        "flip",
+        "gather",
+        "index",
+        "index_add",
+        "index_put",
+        "index_select",
+        "mean",
+        "mul_scalar",
+        "neg",
+        "pad",
+        "permute",
+        "python.call",
+        "reshape",
+        "scatter",
+        "scatter_add",
+        "slice",
+        "slice_update",
+        "split",
+        "sub",
+        "sub_scalar",
+        "sum",
+        "torch.call",
+        "where",
+        "where_scalar",
+    ]
+)
 
 
 def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
@@ -129,10 +167,14 @@ def _reverse(b: Builder, nodes: Sequence[Node], cotangents: dict[str, Value], ac
 def _pull_back(b: Builder, node: Node, cts: Sequence[Value | None], active: set[str]) -> Sequence[Value | None]:
     """Cotangents of a node's inputs, by its op's rule."""
     op = REGISTRY[node.op]
-    if not isinstance(op.vjp, Derivative):
-        return op.vjp(b, node, cts)
     if op.vjp is NOT_DIFFERENTIABLE:
         return [None] * len(node.inputs)
+    if node.op not in _COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs)):
+        raise DifferentiationError(
+            located(f"the VJP of {node.op!r} holds for real numbers, not for complex ones", node.path, node.source)
+        )
+    if not isinstance(op.vjp, Derivative):
+        return op.vjp(b, node, cts)
     assert op.decompose is not None, "OpDef requires it for BY_DECOMPOSITION"
     start = len(b.nodes)
     outputs = op.decompose(b, node, *node.inputs)

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 class _Callable(ModuleType):
     def __call__(self, program: Program, devices: Sequence[Device] | Cluster, **options: Any) -> Plan:
-        """Cut, place and order a program; see :func:`daggc.plan.plan.plan_model` for the options."""
-        from daggc.plan.device import Cluster, cluster_of  # here: this runs before the package's modules exist
-        from daggc.plan.plan import plan_model
+        """Cut, place and order a program; see :func:`daggc.plan.request.plan_on`."""
+        from daggc.plan.request import plan_on  # here: this file runs before the package's modules exist
 
-        cluster = devices if isinstance(devices, Cluster) else cluster_of(tuple(devices))
-        return plan_model(program, cluster, **options)
+        return plan_on(program, devices, **options)
 
 
 sys.modules[__name__].__class__ = _Callable

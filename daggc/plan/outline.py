@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from daggc.errors import PlanError, located
 from daggc.ir.attrs import Attrs
@@ -84,8 +84,8 @@ def outline(
             wanted.update(value.name for value in call.inputs)
             bodies[body.name] = body
             calls.append(call)
-    main = Graph("joint", joint.inputs, tuple(reversed(calls)), joint.outputs)
-    return main, dict(reversed(bodies.items()))
+    calls, bodies = _at_hand(calls[::-1], dict(reversed(bodies.items())))
+    return Graph("joint", joint.inputs, tuple(calls), joint.outputs), bodies
 
 
 def _forward_names(joint: Graph, primal: Graph) -> set[str]:
@@ -174,11 +174,13 @@ def _task(
     """The call and the body of one task, which gives what is ``wanted`` of it; None if that is nothing."""
     stage, phase = key
     effects = {value.name for node in own if node.op == "python.call" for value in node.outputs}
-    unread = effects - {value.name for node in own for value in node.inputs}  # results, so that the task is not dead
-    results = [value for node in own for value in node.outputs if value.name in wanted or value.name in unread]
-    if not results and not effects:
+    kept = live_nodes(
+        Graph("", (), tuple(own), ()), {v.name for n in own for v in n.outputs if v.name in wanted} | effects
+    )
+    unread = effects - {value.name for node in kept for value in node.inputs}  # results, so that the task is not dead
+    results = [value for node in kept for value in node.outputs if value.name in wanted or value.name in unread]
+    if not results:
         return None
-    kept = live_nodes(Graph("", (), tuple(own), ()), {value.name for value in results} | effects)
     again = sharing.remade(kept, stage)
     nodes = sorted((*again, *kept), key=sharing.position)
     made = {value.name for node in nodes for value in node.outputs}
@@ -214,9 +216,49 @@ def cheap_values(graph: Graph) -> frozenset[str]:
             cheap.update(names)
         if node.op not in _OPAQUE and all(value.name in plain for value in node.inputs):
             plain.update(names)
-            if REGISTRY[node.op].cost(node).op_class in _CHEAP:
+            if len(names) == 1 and REGISTRY[node.op].cost(node).op_class in _CHEAP:
                 cheap.update(names)
     return frozenset(cheap)
+
+
+def _at_hand(calls: Sequence[Node], bodies: Mapping[str, Graph]) -> tuple[list[Node], dict[str, Graph]]:
+    """Have each stage's forward take in what its backward reads of other stages' forward values.
+
+    It need not use it, but so the value comes over with the activations, and what the backward reads is a
+    residual of its own worker. (Equal nodes merged across stages can make a backward read such a value.)
+    """
+    forward = {node.attrs["stage"]: node for node in calls if node.attrs["phase"] == FORWARD}
+    made = {value.name: node.attrs["stage"] for node in forward.values() for value in node.outputs}
+    further: dict[int, dict[Value, None]] = {}
+    for node in calls:
+        stage = node.attrs["stage"]
+        if node.attrs["phase"] != FORWARD and stage in forward:
+            known = set(forward[stage].inputs)
+            missing = [value for value in node.inputs if made.get(value.name, stage) < stage and value not in known]
+            further.setdefault(stage, {}).update(dict.fromkeys(missing))
+    changed = dict(bodies)
+    widened: list[Node] = []
+    for node in calls:
+        extra = tuple(further.get(node.attrs["stage"], ())) if node.attrs["phase"] == FORWARD else ()
+        if extra:
+            body = _with_inputs(bodies[node.attrs["callee"]], extra)
+            changed[body.name] = body
+            widened.append(replace(node, inputs=tuple(port.value for port in body.inputs)))
+        else:
+            widened.append(node)
+    return widened, changed
+
+
+def _with_inputs(body: Graph, extra: Sequence[Value]) -> Graph:
+    """A body that takes further values in, and no longer makes them again itself."""
+    given = {value.name for value in extra}
+    nodes = tuple(node for node in body.nodes if not any(value.name in given for value in node.outputs))
+    roots = {port.value.name for port in body.outputs}
+    roots |= {value.name for node in nodes if node.op == "python.call" for value in node.outputs}
+    live = tuple(live_nodes(replace(body, nodes=nodes), roots))
+    read = roots | {value.name for node in live for value in node.inputs}
+    ports = tuple(port for port in body.inputs if port.value.name in read)
+    return replace(body, inputs=(*ports, *(Port(value, "value", value.name) for value in extra)), nodes=live)
 
 
 @dataclass(frozen=True)

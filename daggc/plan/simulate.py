@@ -86,7 +86,7 @@ class Simulation:
 
     def bubble_of_stage(self, stage: int) -> float:
         """1 - work / span of one stage's tasks: the bubble rate of the pipelining literature."""
-        own = [task for task in self.tasks if task.job.stage == stage and task.job.microbatch is not None]
+        own = [task for task in self.tasks if task.job.stage == stage and task.job.phase in _PHASES]
         span = max(task.end for task in own) - min(task.start for task in own)
         return 1 - sum(task.end - task.start for task in own) / span if span else 0.0
 

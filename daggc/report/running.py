@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from daggc.errors import RunError
 from daggc.interp import interpret
 from daggc.ir.graph import Graph, Port, Program
 from daggc.ir.types import DTYPES
@@ -67,8 +68,9 @@ def random_array(port: Port, seed: int, index: int) -> np.ndarray:
     return np.asarray(scale * rng.normal(size=type_.shape)).astype(type_.numpy_dtype)
 
 
-def fill_inputs(graph: Graph, given: Arrays, seed: int, random: bool) -> dict[str, np.ndarray]:
-    """What was given, a key from the seed, and with ``random`` numbers for every other port of the graph."""
+def fill_inputs(program: Program, given: Arrays, seed: int, random: bool) -> dict[str, np.ndarray]:
+    """What was given, a key from the seed, and with ``random`` numbers for every other port of the first graph."""
+    graph = program["forward"] if "forward" in program.graphs else program["main"]
     filled = dict(given)
     for index, port in enumerate(graph.inputs):
         if port.ref in given or port.target in given:
@@ -78,3 +80,15 @@ def fill_inputs(graph: Graph, given: Arrays, seed: int, random: bool) -> dict[st
         elif random:
             filled[port.ref] = random_array(port, seed, index)
     return filled
+
+
+def check_names(program: Program, given: Arrays) -> None:
+    """Raises RunError if an array is named as no port is: a misspelt input must not pass unseen."""
+    ports = [port for graph in program.graphs.values() for port in graph.inputs]
+    known = {port.ref for port in ports} | {port.target for port in ports} | set(program.tied)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        wanted = [port.ref for port in ports if port.kind in ("input", "cotangent")]
+        raise RunError(
+            f"there is no input {unknown[0]!r}; inputs are {', '.join(dict.fromkeys(wanted)) or 'none'} and the weights"
+        )

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +26,9 @@ from daggc.ops import REGISTRY
 from daggc.passes.manager import pipeline, run
 from daggc.passes.vjp import vjp
 from daggc.plan.device import Cluster, cluster_of, cpu_device, gpu_device
+from daggc.plan.plan import Plan, plan_model
+from daggc.plan.request import plan_on
 from daggc.report.running import to_array
-
-if TYPE_CHECKING:
-    from daggc.plan.plan import Plan
 
 STAGES = ("captured", "simplified", "vjp", "plan")
 SIMPLIFY = "fold,canonicalize,cse,dce"
@@ -141,13 +140,19 @@ def at_stage(program: Program, stage: str, cluster: Cluster | None = None) -> Pr
 
 
 def make_plan(program: Program, cluster: Cluster | None, **options: Any) -> Plan:
-    """The plan of a program; its backward is written first, where there is a gradient to be had."""
-    from daggc.plan.plan import plan_model
-
+    """The plan of a program: for training, where there is a gradient to be had, else for inference."""
     if cluster is None:
         raise PlanError("a plan is made for devices; name them")
-    differentiable = any(port.value.type.differentiable for port in program.forward.outputs_of("output"))
-    return plan_model(at_stage(program, "vjp" if differentiable else "simplified"), cluster, **options)
+    simplified = at_stage(program, "simplified")
+    if "backward" in simplified.graphs:
+        return plan_on(simplified, cluster, **options)
+    return plan_model(simplified, cluster, **{"training": _has_gradient(simplified), **options})
+
+
+def _has_gradient(program: Program) -> bool:
+    """Whether an output and an input to differentiate with respect to are of a differentiable dtype."""
+    ports = program.forward.inputs_of("param", "input"), program.forward.outputs_of("output")
+    return all(any(port.value.type.differentiable for port in side) for side in ports)
 
 
 def parse_devices(text: str) -> Cluster:

@@ -121,7 +121,7 @@ class DaskExecutor:
                 sources[port.ref] = add_data(data, f"daggc.in-{token}-{len(sources)}", _plain(tensor), device)
         for device, tensors in held.items():
             sources |= self._ship(device, tensors)
-        return _with_data(emit(graph, self.key, token, sources, run_task), data), sources
+        return merged(emit(graph, self.key, token, sources, run_task), data), sources
 
     def backward_tasks(self, sources: Mapping[str, Source], cotangents: Tensors, token: str) -> Emission:
         """The tasks of a backward run that reads what a forward run left."""
@@ -136,7 +136,7 @@ class DaskExecutor:
             else:
                 key = f"daggc.ct-{token}-{len(inputs)}"
                 inputs[port.ref] = add_data(data, key, _plain(next(given)), str(port.value.type.device))
-        return _with_data(emit(graph, self.key, token, inputs, run_task), data)
+        return merged(emit(graph, self.key, token, inputs, run_task), data)
 
     def held_futures(self) -> list[Future]:
         """Futures that a submitted graph refers to: keep them while it may run."""
@@ -150,15 +150,16 @@ class DaskExecutor:
         changed = {ref: _plain(tensors[ref]) for ref, stamp in stamps.items() if shipped.stamps.get(ref) != stamp}
         if changed:
             future = self.pool.scatter(changed, device)
-            shipped.futures[future.key] = future
-            shipped.sources.update((ref, Found(future.key, ref)) for ref in changed)
+            shipped.futures[str(future.key)] = future
+            shipped.sources.update((ref, Found(str(future.key), ref)) for ref in changed)
             shipped.stamps.update((ref, stamps[ref]) for ref in changed)
             used = {found.key for found in shipped.sources.values()}
             shipped.futures = {key: future for key, future in shipped.futures.items() if key in used}
         return {ref: shipped.sources[ref] for ref in tensors}
 
 
-def _with_data(emission: Emission, data: Emission) -> Emission:
+def merged(emission: Emission, data: Emission) -> Emission:
+    """``emission`` with the data tasks it reads."""
     emission.tasks |= data.tasks
     emission.device |= data.device
     return emission

@@ -14,6 +14,7 @@ from daggc.errors import CaptureError
 from daggc.frontend.export import Capture, capture
 from daggc.frontend.pytree import Spec, flatten
 from daggc.ir.graph import Port, Program
+from daggc.passes import SIMPLIFY
 from daggc.passes.manager import pipeline, run
 from daggc.passes.vjp import has_gradient
 from daggc.plan.plan import Plan
@@ -23,8 +24,8 @@ from daggc.runtime.executor import Executor
 from daggc.runtime.lazy import Pullback, lazy_call, lazy_vjp
 from daggc.runtime.pool import Pool
 from daggc.runtime.thunk import Thunk
+from daggc.runtime.train import TrainStep, train_step
 
-SIMPLIFY = "fold,canonicalize,cse,dce"
 _CACHE_SIZE = 16  # captured signatures kept for one module
 
 Fetch = Callable[[], torch.Tensor]
@@ -55,6 +56,8 @@ class CompiledModule(nn.Module):
     new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode of each
     module, which parameters require gradients. The 16 used last are kept.
     """
+
+    model: nn.Module
 
     def __init__(self, model: nn.Module, make_executor: MakeExecutor, pool: Pool | None = None) -> None:
         if not isinstance(model, nn.Module):
@@ -128,7 +131,7 @@ class CompiledModule(nn.Module):
             return None
         owner_path, _, name = port.target.rpartition(".")
         owner = self.model.get_submodule(owner_path)
-        table: Mapping[str, Any] = owner._parameters if port.kind == "param" else owner._buffers
+        table: dict[str, Any] = owner._parameters if port.kind == "param" else owner._buffers
         return lambda: table[name]
 
     @property
@@ -152,6 +155,62 @@ class CompiledModule(nn.Module):
         parameters and all floating-point inputs.
         """
         return lazy_vjp(self, args, kwargs)
+
+    def train_step(
+        self,
+        loss_fn: Callable[..., Any] | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        microbatches: int = 1,
+        schedule: str = "1f1b",
+        max_grad_norm: float | None = None,
+        stages: int | None = None,
+        pins: Mapping[str, str] | None = None,
+        split_backward: bool = False,
+        force_microbatches: bool = False,
+        seed: int | None = None,
+        threads: int = 0,
+    ) -> TrainStep:
+        """A function that trains the model on one batch: ``loss = step(x, target)``.
+
+        Forward, backward and update run where the plan puts them; parameters, gradients and optimizer state
+        never leave their worker. The numbers are those of eager PyTorch on the whole batch. Calls return at
+        once with a lazy loss; at most two steps are under way.
+
+        Args:
+            loss_fn: ``loss_fn(model(*inputs), target)`` for ``step(*inputs, target)``. None for models that
+                give their own loss (``.loss``, ``["loss"]``, a scalar, the first of a tuple). A lone dict,
+                ``step(batch)``, is the model's keywords; a loss function then gets ``(output, batch)``.
+            optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW`` over the model's parameters. Its groups and
+                learning rates are read at each call, so schedulers work as ever.
+            microbatches: into how many parts to cut a batch (along axis 0 of every tensor as long as the
+                first); the last may be smaller. Only cut if an analysis proves that the parts add up to the
+                whole; otherwise the batch stays whole and ``step.explain()`` names the op that mixes samples.
+            schedule: order of the parts: ``1f1b`` or ``gpipe``.
+            max_grad_norm: clip gradients by their global norm.
+            stages, pins, split_backward: as for :func:`daggc.compile`.
+            force_microbatches: cut even if samples are mixed (batch norm then normalises each part).
+            seed: of random ops; by default drawn from torch's generator.
+            threads: torch threads inside a task; 0 leaves what the workers have.
+
+        Raises:
+            RunError: the optimizer is of another class, or has parameters that are not the model's.
+        """
+        return train_step(
+            self.model,
+            loss_fn,
+            optimizer,
+            self.pool,
+            microbatches=microbatches,
+            schedule=schedule,
+            max_grad_norm=max_grad_norm,
+            stages=stages,
+            pins=pins,
+            split_backward=split_backward,
+            force_microbatches=force_microbatches,
+            seed=seed,
+            threads=threads,
+        )
 
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of ``@forward``'s ports: live parameters and buffers, the user's inputs, a fresh key."""

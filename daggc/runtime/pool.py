@@ -13,7 +13,7 @@ from typing import Any
 
 import dask
 from distributed import Client, Future, default_client, wait
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 
 from daggc.backend import serializers  # noqa: F401  # registers how tensors travel, on this side
 from daggc.backend.dask_graph import Emission
@@ -29,7 +29,7 @@ _POLL = 0.5  # seconds between looks at the workers while waiting
 class Pool:
     """Workers in a fixed order, as devices ``cpu:0``, ``gpu:1``, ... numbered by their names."""
 
-    client: Client
+    client: Any  # a distributed.Client; its declared types are unions of what it gives sync and async
     facts: tuple[Facts, ...]
     cluster: Cluster
 
@@ -121,10 +121,11 @@ class Pool:
             self.client.cancel(list(futures), force=True)
 
 
-def pool_of(client: Client, devices: Sequence[str] | None = None) -> Pool:
+def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
     """Ask all workers of a client what they are, and number them as devices.
 
     Args:
+        client: a ``distributed.Client``.
         devices: use only these, by device name (``cpu:0``) or worker name.
 
     Raises:

@@ -53,12 +53,14 @@ class Store:
                 return
             if self.version != version:
                 raise RunError(f"an update of version {version} met version {self.version}")
-            self.poisoned = True  # until compute() and the commit are through
-            changed = compute()
+            try:
+                changed = compute()
+            except BaseException:
+                self.poisoned = True  # some of the optimizer's tensors may be new already
+                raise
             self.previous = dict(self.tensors)
             self.tensors.update(changed)
             self.version += 1
-            self.poisoned = False
 
     def _require_sound(self) -> None:
         if self.poisoned:

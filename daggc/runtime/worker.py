@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from distributed import WorkerPlugin
 
 import daggc
 from daggc.backend.codegen import compile_graph
-from daggc.backend.dask_graph import Call, Resident
+from daggc.backend.dask_graph import Argument, Call, Resident, Update
 from daggc.backend.serializers import aligned
 from daggc.errors import RunError
 from daggc.frontend.opaque import register_functions
@@ -96,48 +96,73 @@ class ProgramPlugin(WorkerPlugin):
         _PROGRAMS.pop(self.key, None)
 
 
-def run_task(call: Call, context: tuple[Any, ...], *dependencies: Any) -> tuple[Any, ...]:
-    """The entry point of every task.
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every task of a training step on one device is handed.
 
-    Args:
-        context: ``()``, or the store's name, the version the task reads and the number of torch threads.
-
-    Returns:
-        The outputs of the callee; for an update, the new version.
+    Attributes:
+        store: the name of the state it reads.
+        version: the version it reads; its update makes the next.
+        threads: torch threads inside a task; 0 leaves them as they are.
     """
-    try:
-        program = _PROGRAMS[call.program]
-    except KeyError:
-        raise RunError(f"this worker does not know program {call.program}; was its daggc plugin removed?") from None
-    name, version, threads = context or ("", 0, 0)
-    if threads and getattr(_threads, "count", None) != threads:
-        torch.set_num_threads(threads)
-        _threads.count = threads
+
+    store: str
+    version: int
+    threads: int = 0
+
+
+def run_task(call: Call, context: Context | None, *dependencies: Any) -> tuple[torch.Tensor, ...]:
+    """The entry point of tasks: run a callee; returns its outputs."""
+    if context is not None:
+        _set_threads(context.threads)
+    return _run(call, context, dependencies)
+
+
+def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[int]:
+    """The entry point of updates: make the store's next version, once; returns its number."""
+    _set_threads(context.threads)
+    state = store.get(context.store)
+
+    def compute() -> dict[str, torch.Tensor]:
+        changed = {ref: _argument(source, context, dependencies, own_device()) for ref, source in update.values}
+        for call, refs in zip(update.calls, update.commits, strict=True):
+            changed.update(zip(refs, _run(call, context, dependencies), strict=True))
+        return changed
+
+    state.update(context.version, compute)
+    return (context.version + 1,)
+
+
+def _run(call: Call, context: Context | None, dependencies: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    program = _PROGRAMS.get(call.program)
+    if program is None:
+        raise RunError(f"this worker does not know program {call.program}; was its daggc plugin removed?")
     device = own_device()
-    state = store.get(name) if name else None
-
-    def argument(source: tuple[int, Any] | Resident) -> torch.Tensor:
-        if isinstance(source, Resident):
-            assert state is not None, "tasks that read a store are given its name"
-            return state.read(source.ref, version)
-        place, index = source
-        value = dependencies[place]
-        return aligned((value if index is None else value[index]).to(device))
-
-    def compute() -> tuple[torch.Tensor, ...]:
-        return compile_graph(program[call.callee])([argument(source) for source in call.arguments], device)
-
     start = time.time()
-    if call.commits:
-        assert state is not None, "updates are given a store"
-        state.update(version, lambda: dict(zip(call.commits, compute(), strict=True)))
-        results: tuple[Any, ...] = (version + 1,)
-    else:
-        results = compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    inputs = [_argument(source, context, dependencies, device) for source in call.arguments]
+    results = compile_graph(program[call.callee])(inputs, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     _RECORDS.append(Record(call.name, call.microbatch, start, time.time()))
     return results
+
+
+def _argument(
+    source: Argument, context: Context | None, dependencies: Sequence[Any], device: torch.device
+) -> torch.Tensor:
+    if isinstance(source, Resident):
+        assert context is not None, "tasks that read a store are told which"
+        return store.get(context.store).read(source.ref, context.version)
+    place, index = source
+    value = dependencies[place]
+    return aligned((value if index is None else value[index]).to(device))
+
+
+def _set_threads(count: int) -> None:
+    """Results depend on the number of torch's threads: it is part of the plan."""
+    if count and getattr(_threads, "count", None) != count:
+        torch.set_num_threads(count)
+        _threads.count = count
 
 
 def know(key: str, program: Program) -> None:

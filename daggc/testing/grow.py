@@ -20,6 +20,7 @@ from daggc.testing.samples import OpSample
 _LIMIT = 4.0  # larger numbers are scaled down before they are read again
 _FRESH_ONLY = ("key",)
 _MAX_OUTPUTS = 3
+_RECENT = 5
 _MAX_CONCAT = 3  # more copies are made by a broadcast
 
 
@@ -69,9 +70,8 @@ class Grower:
             eligible = [self._fresh(Arg(TensorType("f64", (2,))), smooth=True)]
         read = {value.name for node in self.b.nodes for value in node.inputs}
         unread = [value for value in pool if value.name not in read]
-        chosen = [eligible[0]]
-        for _ in range(self.draw(st.integers(0, _MAX_OUTPUTS - 1))):
-            chosen.append(self.draw(st.sampled_from(unread + pool or eligible)))
+        more = st.lists(st.sampled_from(unread + pool or eligible), max_size=_MAX_OUTPUTS - 1)
+        chosen = [eligible[0], *self.draw(more)]
         for index, value in enumerate(chosen):
             self.b.output(value, "output", str(index))
         for port, kind, target in self._ports:
@@ -121,11 +121,11 @@ class Grower:
         if arg.domain in _FRESH_ONLY:
             return self._fresh(arg, smooth)
         candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth)]
-        choice = self.draw(st.integers(0, min(len(candidates), 6)))
-        if choice >= len(candidates):
+        # shrinks to a new input, which needs no adapting; the latest values are the likeliest, for depth
+        choice = self.draw(st.integers(0, min(len(candidates), _RECENT + 1)))
+        if choice == 0:
             return self._fresh(arg, smooth)
-        # early values too, so that some have many users far away
-        value = candidates[choice] if choice < 5 else self.draw(st.sampled_from(candidates))
+        value = candidates[choice - 1] if choice <= _RECENT else self.draw(st.sampled_from(candidates))
         return value if self._is(value, arg) else self._adapt(value, arg)
 
     def _is(self, value: Value, arg: Arg) -> bool:

@@ -34,7 +34,8 @@ _types = st.builds(
 @st.composite
 def _dense(draw: st.DrawFn) -> Dense:
     type_ = draw(_types).with_(device=None)
-    return Dense(type_, draw(st.binary(min_size=type_.nbytes, max_size=type_.nbytes)))
+    data = draw(st.binary(min_size=type_.nbytes, max_size=type_.nbytes))
+    return Dense(type_, bytes(byte & 1 for byte in data) if type_.dtype == "bool" else data)
 
 
 _atoms = st.one_of(
@@ -101,7 +102,10 @@ def test_any_attribute_and_note_comes_back_exactly(items: dict, note: str):
 
 @pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, math.nan, 5e-324, 1.7976931348623157e308, 0.1])
 def test_floats_keep_every_bit(value: float):
-    for program in (parse(print_program(_one_node(Attrs({"v": value})))), from_json(to_json(_one_node(Attrs({"v": value}))))):
+    for program in (
+        parse(print_program(_one_node(Attrs({"v": value})))),
+        from_json(to_json(_one_node(Attrs({"v": value})))),
+    ):
         got = program["g"].nodes[0].attrs["v"]
         assert math.isnan(got) if math.isnan(value) else struct.pack("d", got) == struct.pack("d", value)
 
@@ -120,9 +124,15 @@ _trees = st.recursive(
         ),
     ),
     lambda inner: st.one_of(
-        st.builds(lambda kind, items: Tree(kind, tuple(items)), st.sampled_from(("tuple", "list")), st.lists(inner, max_size=3)),
         st.builds(
-            lambda kind, items: Tree(kind, tuple(items.values()), tuple(items), "mod.Out" if kind == "object" else None),
+            lambda kind, items: Tree(kind, tuple(items)),
+            st.sampled_from(("tuple", "list")),
+            st.lists(inner, max_size=3),
+        ),
+        st.builds(
+            lambda kind, items: Tree(
+                kind, tuple(items.values()), tuple(items), "mod.Out" if kind == "object" else None
+            ),
             st.sampled_from(("dict", "object")),
             st.dictionaries(st.text(), inner, max_size=3),
         ),

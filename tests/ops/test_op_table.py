@@ -15,8 +15,8 @@ import pytest
 import torch
 from helpers import assert_close, assert_same_bits, coarsest, run_torch, to_numpy, to_torch
 
-from daggc.backend.codegen import compile_graph
-from daggc.errors import RunError, TypeRuleError
+from daggc.backend.codegen import compile_graph, generate
+from daggc.errors import DifferentiationError, IRError, RunError, TypeRuleError
 from daggc.interp import decomposition, interpret, interpret_graph
 from daggc.ir.attrs import Attrs
 from daggc.ir.graph import Graph, Program
@@ -50,7 +50,6 @@ WITHOUT_SAMPLES = {
 VARIADIC = ("concat", "stack", "einsum")
 
 
-
 def is_exact(op_sample: OpSample) -> bool:
     """Whether derivatives can be taken, of numbers not rounded to fewer bits on the way."""
     node = sample_graph(op_sample).nodes[0]
@@ -61,13 +60,7 @@ def is_exact(op_sample: OpSample) -> bool:
 every_sample = pytest.mark.parametrize("op_sample", SAMPLES, ids=str)
 differentiable_sample = pytest.mark.parametrize(
     "op_sample",
-    [
-        s
-        for s in SAMPLES
-        if s.op.vjp is not NOT_DIFFERENTIABLE
-        and has_true_derivative(s)
-        and is_exact(s)
-    ],
+    [s for s in SAMPLES if s.op.vjp is not NOT_DIFFERENTIABLE and has_true_derivative(s) and is_exact(s)],
     ids=str,
 )
 
@@ -155,8 +148,7 @@ def cut(array: np.ndarray, labels: Sequence[str | None], label: str, parts: int)
     """The first of so many equal parts along the axis with the label."""
     return array[
         tuple(
-            slice(size // parts) if own == label else slice(None)
-            for size, own in zip(array.shape, labels, strict=True)
+            slice(size // parts) if own == label else slice(None) for size, own in zip(array.shape, labels, strict=True)
         )
     ]
 
@@ -176,7 +168,9 @@ def test_cutting_along_axes_commutes_with_the_op(op_sample: OpSample):
     whole = interpret_graph(graph, arrays)
     for label in sorted({label for labels in axes.inputs for label in labels if label is not None}):
         labelled = [*zip(arrays, axes.inputs, strict=True), *zip(whole, axes.outputs, strict=True)]
-        parts = math.gcd(*(n for array, labels in labelled for n, own in zip(array.shape, labels, strict=True) if own == label))
+        parts = math.gcd(
+            *(n for array, labels in labelled for n, own in zip(array.shape, labels, strict=True) if own == label)
+        )
         if parts == 1 or label in axes.reduced or not any(label in labels for labels in axes.outputs):
             continue
         pieces = [cut(array, labels, label, parts) for array, labels in labelled]
@@ -251,7 +245,11 @@ def test_vjp_agrees_with_finite_differences(op_sample: OpSample):
     assert slope.agrees(derivative), f"VJP gives {derivative}, differences give {slope}"
 
 
-NO_AUTOGRAD = ("is not implemented", "is not differentiable with respect to")  # torch's messages
+NO_AUTOGRAD = (  # torch's messages
+    "is not implemented",
+    "is not differentiable with respect to",
+    "does not support automatic differentiation for outputs with complex dtype",
+)
 
 
 def torch_gradients(
@@ -357,6 +355,73 @@ def test_second_order_agrees_with_finite_differences(op_sample: OpSample):
     assert slope.agrees(derivative), f"VJP of VJP gives {derivative}, differences give {slope}"
 
 
+@pytest.mark.parametrize(
+    "op_sample",
+    [c for s in SAMPLES if (c := with_dtype(s, "c128")) is not None and s.op.vjp is not NOT_DIFFERENTIABLE],
+    ids=str,
+)
+def test_complex_numbers(op_sample: OpSample):
+    """What takes complex numbers computes and differentiates them as torch does, or refuses to differentiate."""
+    graph = sample_graph(op_sample)
+    if not any(port.value.type.is_complex for port in graph.inputs):
+        return
+    inputs = random_inputs(graph)
+    arrays = list(inputs.values())
+    try:
+        results = run_torch(graph, arrays)
+    except RunError as wrong:
+        assert "not implemented for" in str(wrong) or "not supported" in str(wrong)
+        pytest.skip("torch has no complex kernel")
+    for got, wanted in zip(results, interpret_graph(graph, arrays), strict=True):
+        assert_close(got, wanted)
+    try:
+        program = vjp(Program({"forward": graph}))
+    except DifferentiationError:
+        return
+    cotangents = random_direction([p for p in graph.outputs if p.ref in float_outputs(program)], seed=1)
+    grads = gradients(program, inputs, cotangents)
+    found, _ = torch_gradients(graph, inputs, cotangents, sorted(grads)) or ({}, {})
+    for ref, wanted in found.items():
+        assert_close(grads[ref], wanted, ref)
+
+
+# --- special numbers ----------------------------------------------------------------------------------
+
+SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1e-15, 1e15, -1e15, 20.0, 800.0)
+
+
+@pytest.mark.parametrize(
+    "op_sample",
+    [
+        s
+        for s in SAMPLES
+        if s.index == 0
+        and any(arg.type.dtype == "f64" for arg in s.sample.inputs)
+        and s.op.cost(sample_graph(s).nodes[0]).op_class == "elementwise"
+        and len({arg.type.shape for arg in s.sample.inputs}) == 1
+        and all(arg.domain != "unit" for arg in s.sample.inputs)
+    ],
+    ids=str,
+)
+def test_special_numbers(op_sample: OpSample):
+    """NaN, infinities, zeros of both signs, ties of rounding and the far ends, in all pairs."""
+    shape = op_sample.sample.inputs[0].type.shape
+    pairs = np.array([(x, y) for x in SPECIAL for y in SPECIAL]).T
+    graph = sample_graph(op_sample)
+    for chunk in range(0, pairs.shape[1], math.prod(shape)):
+        numbers = [np.resize(row[chunk : chunk + math.prod(shape)], shape) for row in pairs]
+        arrays = [
+            numbers[index % 2] if port.value.type.dtype == "f64" else array
+            for index, (port, array) in enumerate(zip(graph.inputs, arrays_of(graph), strict=True))
+        ]
+        for got, wanted in zip(run_torch(graph, arrays), interpret_graph(graph, arrays), strict=True):
+            if got.dtype.kind == "f":
+                with np.errstate(all="ignore"):
+                    np.testing.assert_allclose(got, wanted, rtol=1e-10, err_msg=f"of {arrays}")
+            else:
+                np.testing.assert_array_equal(got, wanted, err_msg=f"of {arrays}")
+
+
 # --- random ops ---------------------------------------------------------------------------------------
 
 RANDOM = [s for s in SAMPLES if any(arg.domain == "key" for arg in s.sample.inputs)]
@@ -369,6 +434,62 @@ def test_random_ops_draw_the_same_bits_in_torch(op_sample: OpSample, seed: int):
     arrays = arrays_of(graph, seed)
     for got, wanted in zip(run_torch(graph, arrays), interpret_graph(graph, arrays), strict=True):
         assert_same_bits(got, wanted)
+
+
+KEY = np.array([7, 1], np.int64)
+MANY = 40_000
+
+
+def drawn(op: str, **attrs: object) -> np.ndarray:
+    b = REGISTRY.builder("forward")
+    key = b.input(TensorType("i64", (2,)), "key", "0")
+    b.output(b.emit(op, key, stream=3, **attrs), "output", "0")
+    (result,) = interpret_graph(b.build(), [KEY])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "mean", "deviation"),
+    [
+        ("uniform", {"low": -2.0, "high": 3.0, "dtype": "f64"}, 0.5, 5 / math.sqrt(12)),
+        ("uniform", {"low": 0.0, "high": 1.0, "dtype": "bf16"}, 0.5, 1 / math.sqrt(12)),
+        ("normal", {"mean": 1.0, "std": 0.5, "dtype": "f64"}, 1.0, 0.5),
+        ("normal", {"mean": 0.0, "std": 1.0, "dtype": "f32"}, 0.0, 1.0),
+        ("bernoulli", {"p": 0.3, "dtype": "f64"}, 0.3, math.sqrt(0.21)),
+        ("bernoulli", {"p": 0.9, "dtype": "bool"}, 0.9, 0.3),
+        ("randint", {"low": -3, "high": 7, "dtype": "i64"}, 1.5, math.sqrt(99 / 12)),
+    ],
+)
+def test_random_numbers_have_the_moments_of_their_distribution(op: str, attrs: dict, mean: float, deviation: float):
+    numbers = drawn(op, shape=(MANY,), **attrs).astype(np.float64)
+    assert abs(numbers.mean() - mean) < 5 * deviation / math.sqrt(MANY)
+    assert abs(numbers.std() / deviation - 1) < 0.02
+    half = np.corrcoef(numbers[:-1], numbers[1:])[0, 1]
+    assert abs(half) < 5 / math.sqrt(MANY), "neighbours are independent"
+
+
+def test_streams_and_keys_draw_different_numbers():
+    b = REGISTRY.builder("forward")
+    key = b.input(TensorType("i64", (2,)), "key", "0")
+    for stream in range(3):
+        b.output(
+            b.emit("uniform", key, low=0.0, high=1.0, shape=(MANY,), dtype="f64", stream=stream), "output", f"{stream}"
+        )
+    graph = b.build()
+    draws = [
+        *interpret_graph(graph, [KEY]),
+        *interpret_graph(graph, [KEY + [0, 1]]),
+        *interpret_graph(graph, [KEY + [1, 0]]),
+    ]
+    for first in range(len(draws)):
+        for second in range(first):
+            assert abs(np.corrcoef(draws[first], draws[second])[0, 1]) < 5 / math.sqrt(MANY)
+
+
+def test_permutations_hold_every_index_once():
+    numbers = drawn("randperm", size=1000, shape=(1000,), dtype="i64")
+    np.testing.assert_array_equal(np.sort(numbers), np.arange(1000))
+    assert (numbers != np.arange(1000)).sum() > 900
 
 
 # --- errors -------------------------------------------------------------------------------------------
@@ -403,19 +524,20 @@ EVIL = ('"); evil(); ("', "'); evil(); ('", "evil()", "x\nevil()", "0) or evil("
 
 @every_sample
 def test_attributes_cannot_become_code(op_sample: OpSample):
-    """Programs come from files: text in an attribute is refused by the type rule, or stays text in generated code."""
-    node = sample_graph(op_sample).nodes[0]
+    """Programs come from files: text in an attribute is refused, or stays text in generated code."""
+    graph = sample_graph(op_sample)
+    node = graph.nodes[0]
     for key, value in node.attrs.items():
         for evil in EVIL:
             for attack in (evil, (evil,), (evil,) * len(value) if isinstance(value, tuple) else evil):
                 attrs = Attrs({**node.attrs, key: attack})
                 try:
                     REGISTRY.infer(node.op, [value.type for value in node.inputs], attrs)
-                except TypeRuleError:
+                    source = generate(replace(graph, nodes=(replace(node, attrs=attrs),)))
+                except IRError:
                     continue
-                source = op_sample.op.lower(replace(node, attrs=attrs), [f"x{i}" for i in range(len(node.inputs))])
-                calls = [part for part in ast.walk(ast.parse(source, mode="eval")) if isinstance(part, ast.Name)]
-                assert "evil" not in [name.id for name in calls], f"{key}={attack!r} gives {source}"
+                names = [part.id for part in ast.walk(ast.parse(source)) if isinstance(part, ast.Name)]
+                assert "evil" not in names, f"{key}={attack!r} gives {source}"
 
 
 @pytest.mark.parametrize("op_sample", [s for s in SAMPLES if s.index == 0 and s.op.name not in VARIADIC], ids=str)

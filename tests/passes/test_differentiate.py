@@ -175,7 +175,11 @@ def product() -> Program:
 
 def test_wrt_chooses():
     program = product()
-    for text, refs in (("vjp", ["param:w", "input:0"]), ("vjp{wrt=params}", ["param:w"]), ("vjp{wrt=inputs}", ["input:0"])):
+    for text, refs in (
+        ("vjp", ["param:w", "input:0"]),
+        ("vjp{wrt=params}", ["param:w"]),
+        ("vjp{wrt=inputs}", ["input:0"]),
+    ):
         after = run(program, pipeline(text))
         assert [port.target for port in after.backward.outputs] == refs
         assert after.provenance[-1].startswith("vjp")

@@ -122,6 +122,17 @@ def test_a_tied_parameters_gradient_is_no_cotangent() -> None:
     }
 
 
+def test_a_function_runs_though_nothing_reads_its_result() -> None:
+    b = REGISTRY.builder("forward")
+    x = b.input(TensorType("f64", (3, 3)), "input", "0")
+    b.emit("python.call", x, target="print", dtypes=("f64",), shapes=((3, 3),))
+    b.output(b.emit("sin", x), "output", "0")
+    forward = b.build()
+    main, bodies = outline(simplify(differentiate(forward)), forward, {"python_call": 0, "sin": 1})
+    assert [node.op for node in bodies["stage0.forward"].nodes] == ["python.call"]
+    assert len(main.nodes[0].outputs) == 1  # a call without results would be dead
+
+
 def test_a_node_without_a_stage_is_refused() -> None:
     forward = _two_layers()
     stages = _by_layer(forward)

@@ -25,10 +25,10 @@ class Microbatched:
     """A forward for one microbatch.
 
     Attributes:
-        forward: gives the loss and new buffers only. Where ``exact``, the losses of all microbatches add up to
+        forward: gives the loss and new buffers only. Where ``cut``, the losses of all microbatches add up to
             that of the batch. Inputs of kind ``scalar`` beside the model's own: ``fraction``, an f64[] (samples
             of this microbatch / samples of the batch), and for each of ``denominators`` the sum of its values
-            over all microbatches, ``total:<k>``.
+            over all microbatches, ``total:<k>``. Otherwise it has no such inputs and wants the whole batch.
         denominators: ``denominator`` outputs ``<k>`` computed from (some of) the inputs of a microbatch; None
             if the loss has no such totals.
         mixing: why the microbatches do not add up to the batch; None if they do. With ``force`` the forward is
@@ -50,6 +50,11 @@ class Microbatched:
     @property
     def exact(self) -> bool:
         return self.mixing is None
+
+    @property
+    def cut(self) -> bool:
+        """Whether ``forward`` is for microbatches: it is if that is exact, or was forced."""
+        return any(port.ref == f"scalar:{FRACTION}" for port in self.forward.inputs)
 
     def __str__(self) -> str:
         if self.mixing is not None:
@@ -79,7 +84,7 @@ def microbatched(
         force: rewrite even if the batch cannot be cut exactly; ``mixing`` then says why not.
 
     Returns:
-        The rewritten forward; with ``mixing`` set and ``forward`` unchanged if the batch cannot be cut.
+        The rewritten forward; if the batch cannot be cut, ``mixing`` says why, and nothing is rewritten.
 
     Raises:
         IRError: a port is named that is not there, or the batched inputs differ in size.
@@ -96,7 +101,7 @@ def microbatched(
             problem = Mixing("", f"two captures of one batch size, {batch}, tell nothing apart")
     if problem is not None:
         if not force:
-            return Microbatched(forward, None, problem, batch, (), loss_target, False, tuple(batched_inputs))
+            return _uncut(forward, problem, batch, loss, batched_inputs)
         other = None
     sizes = compare(forward, other, batch, other_batch)
     follower = Follower(forward, _inputs(forward, batched_inputs, batch), sizes, force)
@@ -104,7 +109,7 @@ def microbatched(
     problem = problem or next(iter(follower.forced), None) or _result_problem(loss, state)
     problem = problem or _buffer_problem(forward, follower.states)
     if problem is not None and not force:
-        return Microbatched(forward, None, problem, batch, (), loss_target, False, tuple(batched_inputs))
+        return _uncut(forward, problem, batch, loss, batched_inputs)
     scales = state.kind != "sum"
     result = _rewrite(forward, follower.edits, loss, scales)
     return Microbatched(*result, problem, batch, tuple(follower.edits), loss_target, scales, tuple(batched_inputs))
@@ -116,7 +121,7 @@ def rewrite_like(forward: Graph, analysed: Graph, result: Microbatched) -> Micro
     Raises:
         IRError: the two captures are not the same graph but for sizes, or ``analysed`` was not rewritten.
     """
-    if result.mixing is not None and result.forward is analysed:
+    if not result.cut:
         raise IRError(f"the batch cannot be cut: {result.mixing}")
     problem = difference(analysed, forward)
     if problem is not None:
@@ -125,6 +130,13 @@ def rewrite_like(forward: Graph, analysed: Graph, result: Microbatched) -> Micro
     batch = _batch_size(forward, result.batched_inputs)
     graph, denominators = rewritten
     return replace(result, forward=graph, denominators=denominators, batch=batch)
+
+
+def _uncut(forward: Graph, problem: Mixing, batch: int, loss: Port, batched_inputs: Collection[str]) -> Microbatched:
+    """The forward as it is, for the whole batch."""
+    outputs = (loss, *forward.outputs_of("buffer"))
+    graph = eliminate(replace(forward, outputs=outputs))
+    return Microbatched(graph, None, problem, batch, (), loss.target, False, tuple(batched_inputs))
 
 
 # --- what comes in ------------------------------------------------------------------------------------

@@ -138,9 +138,9 @@ def batched(factor: Factor, known: bool) -> State:
 class Edit:
     """A change to one node, so that its results are right for a part of a batch.
 
-    ``kind``: ``total`` and ``total_of_means`` (read the value of the whole batch in place of an operand), ``scale_input``,
-    ``scale_output`` and ``unscale_output`` (multiply or divide by the fraction), ``scale_constant`` (the
-    constant that ``add_scalar`` adds).
+    ``kind``: ``total`` and ``total_of_means`` (read the value of the whole batch in place of an operand),
+    ``scale_input``, ``scale_output`` and ``unscale_output`` (multiply or divide by the fraction),
+    ``scale_constant`` (the constant that ``add_scalar`` adds).
     """
 
     node: int

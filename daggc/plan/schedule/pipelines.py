@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from daggc.errors import PlanError
 from daggc.plan.schedule.emit import emit
@@ -46,7 +47,7 @@ def one_f_one_b(
         depth = task.stage if task.phase == FORWARD else -task.stage
         return rank[task.phase], task.microbatch, -depth
 
-    hops = [first != second for first, second in zip(devices, devices[1:], strict=False)]
+    hops = [first != second for first, second in pairwise(devices)]
     return emit("1f1b", stages, microbatches, devices, priority, lambda stage: 1 + sum(hops[stage:]), split_backward)
 
 

@@ -1,0 +1,105 @@
+"""A batch as the user gives it, and its microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import RunError
+from daggc.frontend.pytree import Spec, flatten, input_names
+
+LossFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of a batch.
+
+    Attributes:
+        leaves: in the order of the ``input`` ports.
+        spec: of ``(args, kwargs)`` as :func:`call_with_loss` takes them.
+        names: targets of the ``input`` ports.
+        size: samples: the size of axis 0 of the batched leaves.
+        batched: for each leaf, whether axis 0 is the batch.
+    """
+
+    leaves: tuple[torch.Tensor, ...]
+    spec: Spec
+    names: tuple[str, ...]
+    size: int
+    batched: tuple[bool, ...]
+
+    @property
+    def batched_names(self) -> tuple[str, ...]:
+        return tuple(name for name, batched in zip(self.names, self.batched, strict=True) if batched)
+
+    def part(self, start: int, size: int) -> list[torch.Tensor]:
+        """The leaves of one microbatch."""
+        return [
+            leaf[start : start + size] if batched else leaf
+            for leaf, batched in zip(self.leaves, self.batched, strict=True)
+        ]
+
+    def signature(self) -> tuple[Any, ...]:
+        """What a captured program of a microbatch depends on, but for the number of samples."""
+        shapes = tuple(
+            (leaf.dtype, leaf.shape[1:] if batched else leaf.shape, batched)
+            for leaf, batched in zip(self.leaves, self.batched, strict=True)
+        )
+        return str(self.spec.tree), shapes
+
+
+def read_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
+    """Take a batch apart: every tensor whose axis 0 is as long as the first tensor's is cut along it.
+
+    Raises RunError if there is no tensor with an axis to cut.
+    """
+    leaves, spec = flatten((tuple(args), dict(kwargs)))
+    sizes = [leaf.shape[0] for leaf in leaves if leaf.dim()]
+    if not sizes:
+        raise RunError("a batch has at least one tensor with a batch axis (axis 0)")
+    batched = tuple(leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves)
+    detached = tuple(leaf.detach() for leaf in leaves)
+    return Batch(detached, spec, tuple(input_names(spec.tree)), sizes[0], batched)
+
+
+def call_with_loss(loss_fn: LossFn | None) -> Callable[..., torch.Tensor]:
+    """``call(model, *args, **kwargs) -> loss``, which a training step captures.
+
+    With a loss function the last positional argument is its target: ``loss_fn(model(*args[:-1], **kwargs),
+    target)``; if that is a lone dict, the model takes it as keywords and the loss function as it is. Without
+    one, the model gives its own loss, and a lone dict is its keywords.
+    """
+
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        whole = len(args) == 1 and not kwargs and isinstance(args[0], Mapping)
+        if loss_fn is None:
+            return _own_loss(model(**args[0]) if whole else model(*args, **kwargs))
+        if whole:
+            return _scalar(loss_fn(model(**args[0]), args[0]))
+        if len(args) < 2:
+            raise RunError("step(*inputs, target) needs the model's inputs and the target of the loss")
+        return _scalar(loss_fn(model(*args[:-1], **kwargs), args[-1]))
+
+    return call
+
+
+def _own_loss(result: Any) -> torch.Tensor:
+    """The loss a model returned: ``.loss``, ``["loss"]``, a lone scalar, or the first of a tuple."""
+    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+    if loss is None and isinstance(result, tuple | list) and result:
+        loss = result[0]
+    if loss is None:
+        loss = result
+    return _scalar(loss)
+
+
+def _scalar(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise RunError(f"a training step needs a loss that is one floating-point number, got {got}; give loss_fn=")
+    return loss

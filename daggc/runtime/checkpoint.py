@@ -1,0 +1,59 @@
+"""Checkpoints of a training: one safetensors file with every tensor, and what a step needs beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from daggc.errors import RunError
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a training after some step.
+
+    Attributes:
+        tensors: by port ref: ``param:fc.weight``, ``buffer:bn.running_mean``, ``state:exp_avg:fc.weight``.
+        meta: plain data: the number of steps, the seed of random ops, the optimizer's groups.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    meta: Mapping[str, Any]
+
+
+def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a file whole or not at all: it is made beside its place and moved there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        tensors = {ref: tensor.detach().cpu().contiguous().clone() for ref, tensor in checkpoint.tensors.items()}
+        save_file(tensors, temporary, {"daggc.checkpoint": _FORMAT, "meta": json.dumps(checkpoint.meta)})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file that :func:`write_checkpoint` wrote. Raises RunError if it is none; runs nothing from it."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("daggc.checkpoint") != _FORMAT:
+                raise RunError(f"{path} is no checkpoint of this version of daggc")
+            refs = list(file.keys())
+            return Checkpoint({ref: file.get_tensor(ref) for ref in refs}, json.loads(meta["meta"]))
+    except (OSError, SafetensorError, ValueError) as wrong:
+        raise RunError(f"cannot read a checkpoint from {path}: {wrong}") from wrong

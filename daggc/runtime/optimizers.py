@@ -1,0 +1,149 @@
+"""torch's optimizers, read: what the update graphs need of them, and their state in and out.
+
+SGD and AdamW (and Adam) run as IR update graphs on the workers. The optimizer object stays the user's: its
+parameter groups are read when a step is submitted, and ``sync`` writes its state back as torch has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import RunError
+from daggc.frontend.dtypes import ir_dtype
+
+Tensors = dict[str, torch.Tensor]
+
+_SGD = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+_ADAM = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group.
+
+    Attributes:
+        kind: ``sgd`` or ``adamw``, the update op.
+        names: the parameters, by canonical name.
+        options: what is fixed in the update graph, as attributes of the op.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the state tensors of each parameter, as in torch's state dict."""
+        options = dict(self.options)
+        if self.kind == "sgd":
+            return ("momentum_buffer",) if options["momentum"] else ()
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if options["amsgrad"] else ()))
+
+
+def read_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Group, ...]:
+    """The parameter groups of an optimizer as they are now.
+
+    Raises:
+        RunError: the optimizer is not one of those that run on workers, or has a parameter that is not the
+            model's.
+    """
+    kind = _kind(optimizer)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: list[Group] = []
+    for group in optimizer.param_groups:
+        unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
+        if unknown:
+            raise RunError(
+                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not the model's; "
+                "build it from model.parameters()"
+            )
+        if kind == "sgd":
+            options = {key: group[key] for key in _SGD}
+        else:
+            options = {key: group[key] for key in _ADAM if key != "betas"}
+            options["beta1"], options["beta2"] = (float(beta) for beta in group["betas"])
+            options["decoupled"] = isinstance(optimizer, torch.optim.AdamW) or bool(
+                group.get("decoupled_weight_decay", False)
+            )
+        members = tuple(names[id(parameter)] for parameter in group["params"])
+        groups.append(Group(kind, members, tuple(sorted(options.items()))))
+    return tuple(groups)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group as it is now."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    for cls, kind in ((torch.optim.SGD, "sgd"), (torch.optim.AdamW, "adamw"), (torch.optim.Adam, "adamw")):
+        if type(optimizer) is cls:
+            if any(group.get("differentiable") for group in optimizer.param_groups):
+                raise RunError("differentiable=True of an optimizer is not supported in train_step")
+            return kind
+    raise RunError(
+        f"train_step runs SGD, Adam and AdamW on the workers, got {type(optimizer).__name__}; "
+        "with any other optimizer use the compiled module itself: loss.backward(); optimizer.step()"
+    )
+
+
+def initial_state(optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module) -> tuple[Tensors, int]:
+    """State tensors by ref (``state:exp_avg:fc.weight``) and the number of steps taken so far.
+
+    What the optimizer has not made yet is zeros, as its first step would have it.
+
+    Raises:
+        RunError: parameters have taken different numbers of steps.
+    """
+    parameters = dict(model.named_parameters())
+    tensors: Tensors = {}
+    steps: set[int] = set()
+    for group in groups:
+        for name in group.names:
+            state: Mapping[str, Any] = optimizer.state.get(parameters[name], {})
+            if "step" in state:
+                steps.add(int(state["step"]))
+            for key in group.states:
+                found = state.get(key)
+                tensors[state_ref(key, name)] = torch.zeros_like(parameters[name]) if found is None else found
+                if key == "momentum_buffer" and found is not None:
+                    steps.add(1)  # SGD keeps no count; any later step does the same
+    if len(steps) > 1:
+        raise RunError(f"parameters of the optimizer have taken different numbers of steps: {sorted(steps)}")
+    return {ref: tensor.detach() for ref, tensor in tensors.items()}, steps.pop() if steps else 0
+
+
+def write_state(
+    optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module, tensors: Tensors, step: int
+) -> None:
+    """Put state that came from workers into the optimizer, in torch's own format."""
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        for name in group.names:
+            parameter = parameters[name]
+            found = {key: tensors[state_ref(key, name)] for key in group.states if state_ref(key, name) in tensors}
+            if len(found) < len(group.states) or not step:
+                continue  # the parameter has never had a gradient
+            state = optimizer.state[parameter]
+            state.update((key, tensor.to(parameter.device)) for key, tensor in found.items())
+            if group.kind == "adamw":
+                state["step"] = torch.tensor(float(step))
+
+
+def state_ref(key: str, name: str) -> str:
+    """The port ref of a state tensor of a parameter."""
+    return f"state:{key}:{name}"
+
+
+def check_dtypes(groups: tuple[Group, ...], model: nn.Module) -> None:
+    """Raises RunError for parameters that update graphs do not take (complex ones)."""
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        for name in group.names:
+            if not parameters[name].is_floating_point():
+                raise RunError(f"parameter {name!r} is {ir_dtype(parameters[name].dtype)}; train_step updates floats")

@@ -1,0 +1,176 @@
+"""From a model, a loss and a batch to the placed program of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import CaptureError, RunError
+from daggc.frontend.export import Capture, capture
+from daggc.ir.graph import Graph
+from daggc.passes import SIMPLIFY
+from daggc.passes.manager import pipeline, run
+from daggc.passes.microbatch import Microbatched, microbatched, rewrite_like
+from daggc.passes.vjp import differentiate, simplify
+from daggc.plan.bodies import Group
+from daggc.plan.device import Cluster
+from daggc.plan.outline import outline
+from daggc.plan.plan import Plan, plan_model
+from daggc.plan.schedule.tasks import split_batch
+from daggc.plan.step import Part, Step, step_graph
+from daggc.runtime.batch import Batch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of a training step; see :func:`daggc.runtime.train.train_step`."""
+
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    clip: bool = False
+    stages: int | None = None
+    pins: Mapping[str, str] | None = None
+    split_backward: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A training step ready to run.
+
+    Attributes:
+        step: the placed graph and its bodies.
+        plan: how the model was cut, for the first microbatch's size.
+        exactness: why microbatches add up to the batch, or why the batch was not cut.
+        sizes: samples of each microbatch.
+        constants: tensors of ``constant`` ports, by ref.
+    """
+
+    step: Step
+    plan: Plan
+    exactness: Microbatched
+    sizes: tuple[int, ...]
+    constants: Mapping[str, torch.Tensor]
+    batched: tuple[str, ...]
+
+
+class StepBuilder:
+    """Builds step programs of one model; keeps captures, which are what takes time."""
+
+    def __init__(self, model: nn.Module, call: Any, cluster: Cluster, options: Options) -> None:
+        self.model = model
+        self.call = call
+        self.cluster = cluster
+        self.options = options
+        self._captures: dict[Any, Capture] = {}
+        self._plans: dict[Any, Plan] = {}
+
+    def build(self, batch: Batch, groups: Sequence[Group]) -> StepProgram:
+        """The step for a batch of this signature and size.
+
+        Raises:
+            CaptureError: the model or loss cannot be captured.
+            PlanError: nothing fits the devices.
+        """
+        sizes = split_batch(batch.size, min(self.options.microbatches, batch.size))
+        analysed, exactness = self._analyse(batch, sizes)
+        if not exactness.exact and not self.options.force:
+            sizes = (batch.size,)
+        rewritten = {size: self._rewritten(batch, size, analysed, exactness) for size in dict.fromkeys(sizes)}
+        first = rewritten[sizes[0]]
+        plan = self._plan(batch, sizes, first.forward)
+        parts = {size: self._part(batch, micro, plan) for size, micro in rewritten.items()}
+        devices = [stage.device for stage in plan.stages]
+        step = step_graph(
+            parts,
+            sizes,
+            groups,
+            devices,
+            schedule=self.options.schedule,
+            clip=self.options.clip,
+            chain_buffers=not exactness.exact,
+            donate=True,
+        )
+        constants = self._capture(batch, sizes[0]).constants
+        held = {f"constant:{name}": tensor for name, tensor in constants.items()}
+        return StepProgram(step, plan, exactness, sizes, held, batch.batched_names)
+
+    def _analyse(self, batch: Batch, sizes: Sequence[int]) -> tuple[Graph, Microbatched]:
+        """Whether the batch can be cut, from two captures at different sizes (a size of 1 tells nothing)."""
+        size = max(2, sizes[0])
+        forward = self._forward(batch, size)
+        other = self._forward(batch, size + 1) if len(sizes) > 1 else None
+        result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
+        return forward, result
+
+    def _rewritten(self, batch: Batch, size: int, analysed: Graph, exactness: Microbatched) -> Microbatched:
+        """The forward at one microbatch's size, rewritten so that losses add up."""
+        if not exactness.exact and not self.options.force:
+            return microbatched_whole(self._forward(batch, size), batch.batched_names)
+        if size == exactness.batch:
+            return exactness
+        return rewrite_like(self._forward(batch, size), analysed, exactness)
+
+    def _part(self, batch: Batch, micro: Microbatched, plan: Plan) -> Part:
+        wrt = self._wrt(batch, micro.forward)
+        joint = simplify(differentiate(micro.forward, wrt))
+        main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=self.options.split_backward)
+        return Part(main, bodies, micro.denominators, batch.batched_names, "0")
+
+    def _plan(self, batch: Batch, sizes: Sequence[int], forward: Graph) -> Plan:
+        """Plans are kept: a batch of another size must leave every parameter where it is."""
+        key = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
+        if key not in self._plans:
+            program = self._capture(batch, sizes[0]).program
+            program = type(program)({"forward": forward}, provenance=program.provenance)
+            self._plans[key] = plan_model(
+                program,
+                self.cluster,
+                wrt=self._wrt(batch, forward),
+                stages=self.options.stages,
+                pins=self.options.pins,
+                split_backward=self.options.split_backward,
+                microbatches=len(sizes),
+            )
+        return self._plans[key]
+
+    def _wrt(self, batch: Batch, forward: Graph) -> list[str]:
+        trainable = next(iter(self._captures.values())).trainable
+        return [port.ref for port in forward.inputs_of("param") if port.target in trainable]
+
+    def _forward(self, batch: Batch, size: int) -> Graph:
+        return run(self._capture(batch, size).program, pipeline(SIMPLIFY)).forward
+
+    def _capture(self, batch: Batch, size: int) -> Capture:
+        modes = tuple(module.training for module in self.model.modules())
+        key = (batch.signature(), size, modes)
+        if key not in self._captures:
+            args, kwargs = batch.spec.rebuild(iter(example_leaves(batch, size)))
+            captured = capture(self.model, args, kwargs, self.call)
+            if len(captured.program.forward.outputs_of("output")) != 1:
+                raise CaptureError("a training step captures one loss")
+            self._captures[key] = captured
+        return self._captures[key]
+
+
+def microbatched_whole(forward: Graph, batched: Sequence[str]) -> Microbatched:
+    """A forward that is run on the whole batch at once: nothing is rewritten."""
+    size = next(port.value.type.shape[0] for port in forward.inputs_of("input") if port.target in batched)
+    kept = tuple(port for port in forward.outputs if port.kind in ("output", "buffer"))
+    graph = Graph(forward.name, forward.inputs, forward.nodes, kept)
+    return Microbatched(graph, None, None, size, (), "0", False, tuple(batched))
+
+
+def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:
+    """The batch's leaves with ``size`` samples: cut off, or the samples repeated."""
+    leaves: list[torch.Tensor] = []
+    for leaf, batched in zip(batch.leaves, batch.batched, strict=True):
+        if batched and leaf.shape[0] == 0:
+            raise RunError("a batch without samples cannot be trained on")
+        repeats = -(-size // leaf.shape[0]) if batched else 1
+        leaves.append(torch.cat([leaf] * repeats)[:size] if batched else leaf)
+    return leaves

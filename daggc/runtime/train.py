@@ -1,0 +1,269 @@
+"""``cm.train_step``: forward, backward and update on the workers, parameters and optimizer state at home there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from daggc.errors import RunError
+from daggc.ir.graph import Port
+from daggc.plan.bodies import Group
+from daggc.plan.device import Cluster, cluster_of, cpu_device
+from daggc.plan.plan import Plan
+from daggc.runtime.batch import Batch, call_with_loss, read_batch
+from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from daggc.runtime.optimizers import check_dtypes, initial_state, learning_rates, read_groups, write_state
+from daggc.runtime.pool import Pool
+from daggc.runtime.resident import Home, LocalHome, Pending, WorkerHome
+from daggc.runtime.step_program import Options, StepBuilder, StepProgram
+from daggc.runtime.worker import Record
+
+
+class LazyLoss:
+    """The loss of a step that may still be running: ``float(loss)`` or ``loss.item()`` waits for it."""
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+
+    def result(self) -> torch.Tensor:
+        """The loss as a scalar tensor. Raises what the step raised."""
+        return self._pending.outputs()["0"]
+
+    compute = result
+
+    def item(self) -> float:
+        return self.result().item()
+
+    def __float__(self) -> float:
+        return self.item()
+
+    @property
+    def grad_norm(self) -> float:
+        """The global norm of the gradients before clipping; only with ``max_grad_norm``."""
+        outputs = self._pending.outputs()
+        if "grad_norm" not in outputs:
+            raise RunError("the gradient norm is computed only with train_step(max_grad_norm=...)")
+        return outputs["grad_norm"].item()
+
+    def __repr__(self) -> str:
+        return "LazyLoss()"
+
+
+class TrainStep:
+    """One training step, called with a batch; see :func:`train_step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        optimizer: torch.optim.Optimizer,
+        pool: Pool | None,
+        options: Options,
+        max_grad_norm: float | None,
+        seed: int | None,
+        threads: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.pool = pool
+        self._groups = read_groups(optimizer, model)
+        check_dtypes(self._groups, model)
+        self._state, self.steps = initial_state(optimizer, self._groups, model)
+        self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        cluster: Cluster = pool.cluster if pool else cluster_of([cpu_device(0)])
+        self._builder = StepBuilder(model, call_with_loss(loss_fn), cluster, options)
+        self._programs: dict[Any, StepProgram] = {}
+        self._home: Home = WorkerHome(pool, threads) if pool else LocalHome()
+        self._loaded: tuple[tuple[str, str | None], ...] | None = None
+        self._current: StepProgram | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LazyLoss:
+        """Submit a step on a batch; returns its loss, which may not be there yet.
+
+        Learning rates, and ``max_grad_norm``, are those of this moment. Changes to the model's own parameters
+        are not seen: the workers have the newest; see :meth:`sync` and :meth:`load_from_model`.
+
+        Raises:
+            WorkerLostError: a worker of an earlier step is gone; load a checkpoint into a new train step.
+            RunError, CaptureError, PlanError: the step cannot be run.
+        """
+        batch = read_batch(args, kwargs)
+        program = self.program(batch)
+        self._settle_state(program)
+        inputs = self._inputs(program, batch)
+        pending = self._home.submit(program.step.program, inputs)
+        self.steps += 1
+        self._current = program
+        self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
+        return LazyLoss(pending)
+
+    def program(self, batch: Batch) -> StepProgram:
+        """The step's program for batches like this one, built when first needed."""
+        self._groups = read_groups(self.optimizer, self.model)
+        key = (
+            batch.signature(),
+            batch.size,
+            self._groups,
+            self.max_grad_norm is not None,
+            tuple(module.training for module in self.model.modules()),
+        )
+        if key not in self._programs:
+            groups = [Group(str(i), g.names, g.kind, dict(g.options)) for i, g in enumerate(self._groups)]
+            options = self._builder.options
+            self._builder.options = Options(**{**vars(options), "clip": self.max_grad_norm is not None})
+            self._programs[key] = self._builder.build(batch, groups)
+        return self._programs[key]
+
+    def _settle_state(self, program: StepProgram) -> None:
+        """Put the state where the program's plan has it, if it is not there."""
+        ports = program.step.graph.inputs_of("param", "buffer", "constant", "state")
+        layout = tuple((port.ref, port.value.type.device) for port in ports)
+        if layout == self._loaded:
+            return
+        known: dict[str, torch.Tensor] = self._home.snapshot() if self._loaded is not None else {}
+        tensors = {**self._from_model(program), **known}
+        self._home.load(program.step.program, {port.ref: self._initial(port, tensors) for port in ports}, self.steps)
+        self._loaded = layout
+
+    def _initial(self, port: Port, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if port.ref not in tensors:
+            raise RunError(f"the step needs {port.ref!r}, which neither the model nor its optimizer has")
+        return tensors[port.ref]
+
+    def _from_model(self, program: StepProgram) -> dict[str, torch.Tensor]:
+        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
+        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
+        return {**named, **program.constants, **self._state}
+
+    def _inputs(self, program: StepProgram, batch: Batch) -> dict[str, torch.Tensor]:
+        """The tensors of the step's ports that are not resident, by ref."""
+        inputs: dict[str, torch.Tensor] = {}
+        start = 0
+        for index, size in enumerate(program.sizes):
+            for name, leaf, batched in zip(batch.names, batch.part(start, size), batch.batched, strict=True):
+                inputs[f"input:{name}#{index}" if batched else f"input:{name}"] = leaf
+            counter = self.steps * len(program.sizes) + index
+            inputs[f"key:#{index}"] = torch.tensor([self._seed, counter])
+            inputs[f"scalar:fraction#{index}"] = _number(size / batch.size)
+            start += size
+        for group, rate in enumerate(learning_rates(self.optimizer)):
+            inputs[f"scalar:lr:{group}"] = _number(rate)
+        inputs["scalar:step"] = _number(self.steps + 1)
+        if self.max_grad_norm is not None:
+            inputs["scalar:clip"] = _number(self.max_grad_norm)
+        return inputs
+
+    def sync(self) -> None:
+        """Wait for all steps; write weights and buffers into the model, state into the optimizer."""
+        if self._loaded is None:
+            return
+        self._write_back(self._home.snapshot())
+
+    def _write_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
+        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
+        with torch.no_grad():
+            for ref, tensor in tensors.items():
+                if ref in named:
+                    named[ref].copy_(tensor)
+        self._state = {ref: tensor for ref, tensor in tensors.items() if ref.startswith("state:")}
+        write_state(self.optimizer, self._groups, self.model, self._state, self.steps)
+
+    def load_from_model(self) -> None:
+        """Take parameters, buffers and optimizer state from the model and optimizer, at the next step."""
+        self._home.settle()
+        self._groups = read_groups(self.optimizer, self.model)
+        self._state, self.steps = initial_state(self.optimizer, self._groups, self.model)
+        self._loaded = None
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint: weights, buffers, optimizer state, step count, seed, learning rates."""
+        tensors = self._home.snapshot() if self._loaded is not None else self._model_tensors()
+        rates = learning_rates(self.optimizer)
+        meta = {"steps": self.steps, "seed": self._seed, "learning_rates": rates}
+        write_checkpoint(path, Checkpoint(tensors, meta))
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint, with the same numbers as if nothing had happened.
+
+        The model and the optimizer (with its learning rates) get the checkpoint's values too.
+
+        Raises:
+            RunError: the file is no checkpoint, or of another model or optimizer.
+        """
+        checkpoint = read_checkpoint(path)
+        own = self._model_tensors()
+        missing = [ref for ref in own if ref not in checkpoint.tensors]
+        unlike = [r for r, tensor in own.items() if r not in missing and tensor.shape != checkpoint.tensors[r].shape]
+        if missing or unlike:
+            raise RunError(f"{path} is a checkpoint of another model or optimizer: {(missing + unlike)[0]!r} differs")
+        self.steps = int(checkpoint.meta["steps"])
+        self._seed = int(checkpoint.meta["seed"])
+        for group, rate in zip(self.optimizer.param_groups, checkpoint.meta["learning_rates"], strict=True):
+            group["lr"] = rate
+        self._write_back(checkpoint.tensors)
+        self._loaded = None
+
+    def _model_tensors(self) -> dict[str, torch.Tensor]:
+        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
+        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
+        return {**named, **self._state}
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last step; None before the first."""
+        return self._current.plan if self._current else None
+
+    @property
+    def step_program(self) -> StepProgram | None:
+        """The program of the last step; None before the first."""
+        return self._current
+
+    def explain(self) -> str:
+        """Why the step is as it is: the plan, the order of tasks, and how the batch is cut."""
+        if self._current is None:
+            return "nothing is planned before the first step"
+        return "\n\n".join([self._current.plan.explain(), str(self._current.step), str(self._current.exactness)])
+
+    def records(self) -> dict[str, Sequence[Record]]:
+        """When tasks ran since the last call, by device; for timelines."""
+        return dict(self._home.records())
+
+    def close(self) -> None:
+        """Drop the state on the workers."""
+        self._home.close()
+        self._loaded = None
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def train_step(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None,
+    optimizer: torch.optim.Optimizer,
+    pool: Pool | None,
+    *,
+    microbatches: int = 1,
+    schedule: str = "1f1b",
+    max_grad_norm: float | None = None,
+    stages: int | None = None,
+    pins: Mapping[str, str] | None = None,
+    split_backward: bool = False,
+    force_microbatches: bool = False,
+    seed: int | None = None,
+    threads: int = 0,
+) -> TrainStep:
+    """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
+    if microbatches < 1:
+        raise RunError(f"microbatches is at least 1, got {microbatches}")
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
+    options = Options(microbatches, schedule, False, stages, pins, split_backward, force_microbatches)
+    return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads)

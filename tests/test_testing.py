@@ -1,0 +1,146 @@
+"""The public test tools: inputs of the right domain, programs that are deep, connected and of every op."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
+
+from daggc.ir.graph import Program, Value
+from daggc.ir.types import TensorType
+from daggc.ir.verifier import verify
+from daggc.ops import REGISTRY
+from daggc.ops.opdef import Arg
+from daggc.testing import (
+    Slope,
+    domain_of,
+    draw_array,
+    finite_difference,
+    inner,
+    op_samples,
+    programs,
+    random_inputs,
+    sample_graph,
+    with_dtype,
+)
+
+DOMAINS = ("real", "positive", "unit", "nonzero", "distinct", "bool", "small", "index:5", "key")
+
+
+@given(st.sampled_from(DOMAINS), st.sampled_from(("f64", "f32", "bf16", "i64", "u8", "bool")), st.integers(0, 99))
+def test_arrays_are_of_their_domain(domain: str, dtype: str, seed: int):
+    type_ = TensorType(dtype, (4, 5))
+    array = draw_array(Arg(type_, domain), np.random.default_rng(seed))
+    assert (array.dtype, array.shape) == (type_.numpy_dtype, type_.shape)
+    numbers = array.astype(np.float64)
+    assert np.isfinite(numbers).all()
+    if dtype in ("f64", "f32", "bf16"):
+        holds = {
+            "positive": numbers > 0,
+            "unit": (numbers > 0) & (numbers < 1),
+            "nonzero": numbers != 0,
+            "distinct": np.unique(numbers).size == numbers.size,
+        }
+        assert np.all(holds.get(domain, True))
+    if domain == "index:5" and dtype != "bool":
+        assert np.all((numbers >= 0) & (numbers < 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "domain"),
+    [
+        ("positive", "f64", "positive"),
+        ("positive_3", "f64", "positive"),
+        ("index5", "i64", "index:5"),
+        ("index12_1", "i64", "index:12"),
+        ("fc_weight", "f32", "real"),
+        ("positively", "f32", "real"),
+        ("ids", "i64", "index:2"),
+        ("mask", "bool", "bool"),
+    ],
+)
+def test_the_name_of_an_input_tells_its_domain(name: str, dtype: str, domain: str):
+    assert domain_of(Value(name, TensorType(dtype, (2,)))) == domain
+
+
+@pytest.mark.parametrize("op_sample", list(op_samples()), ids=str)
+def test_sample_inputs_survive_the_round_trip_of_names(op_sample):
+    graph = sample_graph(op_sample)
+    assert [domain_of(port.value) for port in graph.inputs] == [arg.domain for arg in op_sample.sample.inputs]
+    arrays = random_inputs(graph, seed=5)
+    assert list(arrays) == [port.ref for port in graph.inputs]
+    for array, again in zip(arrays.values(), random_inputs(graph, seed=5).values(), strict=True):
+        np.testing.assert_array_equal(array, again)
+
+
+@given(programs(dtypes=("f64", "f32", "bf16", "f16")))
+def test_programs_verify(program: Program):
+    verify(program, REGISTRY)
+
+
+@given(programs(differentiable=True, max_ops=12))
+def test_differentiable_programs_are_in_f64(program: Program):
+    verify(program, REGISTRY)
+    floats = {value.type.dtype for value in program.forward.values() if value.type.differentiable}
+    assert floats == {"f64"}
+
+
+def test_programs_are_deep_and_connected():
+    depths: list[int] = []
+    users: list[int] = []
+
+    @settings(max_examples=100, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(programs())
+    def look(program: Program) -> None:
+        depth = {port.value.name: 0 for port in program.forward.inputs}
+        for node in program.forward.nodes:
+            level = 1 + max((depth[value.name] for value in node.inputs), default=0)
+            depth.update((value.name, level) for value in node.outputs)
+        depths.append(max(depth.values()))
+        users.append(max(map(len, program.forward.users().values()), default=0))
+
+    look()
+    assert np.median(depths) >= 5
+    assert np.median(users) >= 2
+
+
+def test_only_the_ops_asked_for_are_drawn():
+    fitting = {"cast", "reshape", "broadcast", "slice", "concat", "mul_scalar"}
+
+    @given(programs(ops=("matmul", "exp")))
+    def look(program: Program) -> None:
+        assert {node.op for node in program.forward.nodes} <= {"matmul", "exp", *fitting}
+
+    look()
+
+
+def test_failures_shrink_to_little():
+    """The smallest program with a matmul is that and its inputs."""
+    smallest = find(
+        programs(max_ops=12),
+        lambda program: any(node.op == "matmul" for node in program.forward.nodes),
+        settings=settings(max_examples=3000, derandomize=True, database=None),
+    )
+    assert len(smallest.forward.nodes) <= 1
+
+
+def test_a_dtype_that_an_op_refuses():
+    (exp, *_) = [sample for sample in op_samples() if sample.op.name == "exp"]
+    assert with_dtype(exp, "bool") is None
+    half = with_dtype(exp, "bf16")
+    assert half is not None
+    assert half.sample.inputs[0].type.dtype == "bf16"
+
+
+def test_finite_differences():
+    b = REGISTRY.builder("forward")
+    x = b.input(TensorType("f64", (3,)), "input", "0")
+    b.output(b.emit("exp", x), "output", "0")
+    graph = b.build()
+    at, along, ct = np.array([0.1, 0.2, 0.3]), np.array([1.0, -2.0, 0.5]), np.array([1.0, 1.0, 3.0])
+    slope = finite_difference(graph, {"input:0": at}, {"input:0": along}, {"output:0": ct})
+    assert slope.reliable
+    assert slope.agrees(inner(ct, np.exp(at) * along), tolerance=1e-10)
+    assert not slope.agrees(inner(ct, np.exp(at) * along) + 1e-3)
+    assert not Slope(1.0, 0.5).reliable
