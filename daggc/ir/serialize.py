@@ -60,7 +60,8 @@ def save(program: Program, path: str | Path, weights: Mapping[str, np.ndarray] |
     path = Path(path)
     path.write_text(json.dumps(to_json(program)) if path.suffix == ".json" else print_program(program))
     if weights is not None:
-        arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}  # ascontiguousarray makes 0-d 1-d
+        # not ascontiguousarray, which gives an array without axes one
+        arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
         save_file(arrays, weights_path(path))
 
 

@@ -20,6 +20,7 @@ _RIGHT = 72.0  # share of the time that a device is busy
 _BAR = 22.0
 _GAP = 4.0
 _TICKS = 10
+_NUMBER = 10.0  # the width of a bar that has room for its microbatch's number; also in timeline.html
 
 PHASES = {
     "forward": "#4c7ee0",
@@ -139,23 +140,27 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
 
 def _section(name: str, spans: Sequence[Span], horizon: float) -> str:
     """One part of the page: a row for each device, an axis below."""
-    body: list[str] = []
+    rows: list[str] = []
+    bars: list[str] = []
+    ticks: list[str] = []
     y = 8.0
     for device in _devices(spans):
-        lanes = _lanes([span for span in spans if span.device == device])
+        own = [span for span in spans if span.device == device]
+        lanes = _lanes([span for span in own if span.phase != "transfer"])
+        lanes += _lanes([span for span in own if span.phase == "transfer"])  # they run beside the tasks
         height = len(lanes) * (_BAR + _GAP) + _GAP
-        body.append(f'<rect class="row" x="{_LEFT:g}" y="{y:g}" width="{_WIDTH:g}" height="{height:g}"/>')
+        rows.append(f'<rect class="row" x="{_LEFT:g}" y="{y:g}" width="{_WIDTH:g}" height="{height:g}"/>')
         middle = y + height / 2 + 4
-        body.append(f'<text class="device" x="{_LEFT - 10:g}" y="{middle:g}">{html.escape(device)}</text>')
+        rows.append(f'<text class="device" x="{_LEFT - 10:g}" y="{middle:g}">{html.escape(device)}</text>')
         share = busy_share(spans, device)
-        body.append(f'<text class="share" x="{_LEFT + _WIDTH + 8:g}" y="{middle:g}">{share:.0%} busy</text>')
+        rows.append(f'<text class="share" x="{_LEFT + _WIDTH + 8:g}" y="{middle:g}">{share:.0%} busy</text>')
         for index, lane in enumerate(lanes):
-            body += [_bar(span, y + _GAP + index * (_BAR + _GAP), horizon) for span in lane]
+            bars += [_bar(span, y + _GAP + index * (_BAR + _GAP), horizon) for span in lane]
         y += height + 6
     step = _tick(horizon)
     for index in range(int(horizon / step + 1e-9) + 1):
         x = _LEFT + index * step / horizon * _WIDTH
-        body.append(
+        ticks.append(
             f'<g class="tick" data-start="{index * step!r}"><line x1="{x:.2f}" x2="{x:.2f}" y1="4" y2="{y:g}"/>'
             f'<text x="{x:.2f}" y="{y + 14:g}">{seconds_text(index * step)}</text></g>'
         )
@@ -163,7 +168,7 @@ def _section(name: str, spans: Sequence[Span], horizon: float) -> str:
     return (
         f'<section><h2>{html.escape(name)}</h2><div class="scroll">'
         f'<svg role="img" aria-label="{html.escape(name)} tasks by device" width="{width:g}" height="{height:g}" '
-        f'data-horizon="{horizon!r}" data-left="{_LEFT:g}" data-width="{_WIDTH:g}">{"".join(body)}</svg></div></section>'
+        f'data-horizon="{horizon!r}" data-left="{_LEFT:g}" data-width="{_WIDTH:g}">{"".join([*rows, *ticks, *bars])}</svg></div></section>'
     )
 
 
@@ -175,13 +180,14 @@ def _bar(span: Span, y: float, horizon: float) -> str:
         f"{span.name}\n{_phase(span).replace('_', ' ')}, {microbatch}{span.device}\n"
         f"{seconds_text(span.start)} + {seconds_text(span.end - span.start)}"
     )
+    hidden = "" if width >= _NUMBER else ' display="none"'
     number = str(span.microbatch) if span.microbatch >= 0 else ""
     return (
         f'<g class="task" data-phase="{_phase(span)}" data-start="{span.start!r}" data-end="{span.end!r}">'
         f"<title>{html.escape(details)}</title>"
         f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{_BAR:g}" rx="2.5" '
         f'fill="{PHASES[_phase(span)]}"/>'
-        f'<text x="{x + width / 2:.2f}" y="{y + _BAR / 2 + 4:g}"{"" if width >= 10 else " hidden"}>{number}</text></g>'
+        f'<text x="{x + width / 2:.2f}" y="{y + _BAR / 2 + 4:g}"{hidden}>{number}</text></g>'
     )
 
 

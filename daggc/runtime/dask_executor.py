@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 import weakref
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +25,17 @@ from daggc.plan.device import cluster_of, cpu_device
 from daggc.plan.plan import Plan, plan_model
 from daggc.runtime.executor import Tensors, places_of_reads
 from daggc.runtime.pool import Pool
-from daggc.runtime.worker import know, run_task
+from daggc.runtime.worker import know, run_task, unknow
 
 HELD = ("param", "buffer", "constant")  # inputs that are the model's: shipped when they change
 
 
 def program_key(program: Program) -> str:
-    """The hash under which workers know a program."""
-    return hashlib.sha256(print_program(program).encode()).hexdigest()[:32]
+    """The name under which workers know a program, for one executor: its hash and a token.
+
+    Equal programs of two executors get different names, so that one may forget its own while the other runs.
+    """
+    return f"{hashlib.sha256(print_program(program).encode()).hexdigest()[:32]}-{new_token()[:8]}"
 
 
 def opaque_functions(program: Program) -> dict[str, Any]:
@@ -64,7 +68,35 @@ class _Shipped:
 
     sources: dict[str, Found] = field(default_factory=dict)
     futures: dict[str, Future] = field(default_factory=dict)
-    stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    stamps: dict[str, _Stamp] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What a tensor was when it was shipped.
+
+    Holds the tensor: the next one could otherwise get its address and be taken for it. The version counter does
+    not see writes through ``.data``; where it and the address are unchanged, a checksum tells.
+    """
+
+    tensor: torch.Tensor
+    address: int
+    version: int
+    checksum: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Stamp:
+        return _Stamp(tensor, tensor.data_ptr(), tensor._version, checksum(tensor))
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        same = tensor is self.tensor and tensor.data_ptr() == self.address and tensor._version == self.version
+        return same and checksum(tensor) == self.checksum
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's elements (about 6 GB/s)."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(plain.view(torch.uint8).numpy()) if plain.numel() else 0
 
 
 class DaskExecutor:
@@ -81,6 +113,7 @@ class DaskExecutor:
         self._shipped: dict[str, _Shipped] = {}
         if pool is None:
             know(self.key, self.program)
+            weakref.finalize(self, unknow, self.key)
         else:
             pool.ship(self.key, self.program, opaque_functions(self.program))
             weakref.finalize(self, pool.forget, self.key)
@@ -96,7 +129,8 @@ class DaskExecutor:
         results = dict(zip(collectors, self.pool.gather(futures[: len(collectors)]), strict=True))
         ports = [port for port in self.program.forward.outputs if port.kind != "residual"]
         outputs = tuple(_of(results, wanted[port.ref]) for port in ports)
-        return outputs, Residuals(sources | emission.outputs, futures[len(collectors) :])
+        kept_futures = [*futures[len(collectors) :], *self.held_futures()]
+        return outputs, Residuals(sources | emission.outputs, kept_futures)
 
     def backward(self, residuals: Residuals, inputs: Tensors, cotangents: Tensors) -> Tensors:
         assert self.pool is not None, "without workers the local executor runs"
@@ -146,13 +180,16 @@ class DaskExecutor:
         """Send what changed; returns where everything is."""
         assert self.pool is not None, "only workers are shipped to"
         shipped = self._shipped.setdefault(device, _Shipped())
-        stamps = {ref: (id(tensor), tensor.data_ptr(), tensor._version) for ref, tensor in tensors.items()}
-        changed = {ref: _plain(tensors[ref]) for ref, stamp in stamps.items() if shipped.stamps.get(ref) != stamp}
+        changed = {
+            ref: _plain(tensor)
+            for ref, tensor in tensors.items()
+            if ref not in shipped.stamps or not shipped.stamps[ref].fits(tensor)
+        }
         if changed:
             future = self.pool.scatter(changed, device)
             shipped.futures[str(future.key)] = future
             shipped.sources.update((ref, Found(str(future.key), ref)) for ref in changed)
-            shipped.stamps.update((ref, stamps[ref]) for ref in changed)
+            shipped.stamps.update((ref, _Stamp.of(tensors[ref])) for ref in changed)
             used = {found.key for found in shipped.sources.values()}
             shipped.futures = {key: future for key, future in shipped.futures.items() if key in used}
         return {ref: shipped.sources[ref] for ref in tensors}

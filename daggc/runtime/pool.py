@@ -6,18 +6,21 @@ here looks, twice a second, whether all workers of the pool are still there.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import dask
-from distributed import Client, Future, default_client, wait
+from distributed import Client, Future, default_client
 from distributed.comm.core import CommClosedError
 
 from daggc.backend import serializers  # noqa: F401  # registers how tensors travel, on this side
 from daggc.backend.dask_graph import Emission
-from daggc.errors import PlanError, RunError, WorkerLostError
+from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
 from daggc.runtime.worker import Facts, ProgramPlugin, describe
@@ -43,9 +46,9 @@ class Pool:
         self.client.register_plugin(ProgramPlugin(key, program, functions))
 
     def forget(self, key: str) -> None:
-        """Undo :meth:`ship`; a scheduler that is gone has forgotten already."""
+        """Undo :meth:`ship`, without waiting: this may be called by the garbage collector, on any thread."""
         if self.client.status == "running":
-            self.client.unregister_worker_plugin(f"daggc-{key}")
+            self.client.loop.add_callback(_forget, self.client, f"daggc-{key}")
 
     def submit(self, emission: Emission, keys: Sequence[str]) -> list[Future]:
         """Submit tasks, each pinned to its device's worker; returns futures of ``keys``."""
@@ -79,25 +82,25 @@ class Pool:
             DaggcError: what a task raised.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                wait(futures, timeout=_POLL)
-                break
-            except TimeoutError:
-                self.check(futures)
-            if deadline is not None and time.monotonic() > deadline:
-                self.cancel(futures)
-                raise RunError(f"{len(futures)} results were not there within {timeout:g} seconds")
+        fetching = asyncio.run_coroutine_threadsafe(self.client._gather(list(futures)), self.client.loop.asyncio_loop)
         try:
-            return list(self.client.gather(list(futures)))
-        except (CommClosedError, OSError, RuntimeError) as wrong:
-            if isinstance(wrong, RunError):
-                raise
-            self.check(futures)
-            raise RunError(f"a task failed on a worker: {type(wrong).__name__}: {wrong}") from wrong
-        except Exception:
-            self.check(futures)  # KilledWorker and the like: say which worker it was
+            while True:
+                try:
+                    return list(fetching.result(timeout=_POLL))
+                except TimeoutError:
+                    if fetching.done():
+                        raise
+                self.check(futures)
+                if deadline is not None and time.monotonic() > deadline:
+                    self.cancel(futures)
+                    raise RunError(f"{len(futures)} results were not there within {timeout:g} seconds")
+        except DaggcError:
             raise
+        except (Exception, CancelledError, asyncio.CancelledError) as wrong:
+            self.check(futures)  # KilledWorker and the like: say which worker it was
+            raise RunError(f"a task failed on a worker: {type(wrong).__name__}: {wrong}") from wrong
+        finally:
+            fetching.cancel()
 
     def check(self, futures: Sequence[Future] = ()) -> None:
         """Raise WorkerLostError if a worker of the pool is gone, RunError if the scheduler is."""
@@ -154,6 +157,11 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
         have = ", ".join(f"{'gpu' if fact.device == 'cuda' else 'cpu'}:{i}" for i, fact in enumerate(ordered))
         raise PlanError(f"there is no device {missing}; the client's workers are {have}")
     return Pool(client, tuple(fact for _, fact in chosen), cluster_of([device for device, _ in chosen]))
+
+
+async def _forget(client: Any, plugin: str) -> None:
+    with suppress(CommClosedError, OSError, ValueError):  # closed meanwhile: all is forgotten
+        await client._unregister_worker_plugin(plugin)
 
 
 def _number(name: str) -> float:

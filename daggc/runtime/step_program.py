@@ -45,17 +45,29 @@ class StepProgram:
     Attributes:
         step: the placed graph and its bodies.
         plan: how the model was cut, for the first microbatch's size.
-        exactness: why microbatches add up to the batch, or why the batch was not cut.
+        exactness: why microbatches add up to the batch, or why it was not cut; None if one was asked for.
         sizes: samples of each microbatch.
         constants: tensors of ``constant`` ports, by ref.
     """
 
     step: Step
     plan: Plan
-    exactness: Microbatched
+    exactness: Microbatched | None
     sizes: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
-    batched: tuple[str, ...]
+
+    def explain(self) -> str:
+        """The plan and its reasons, the order of the tasks, and how the batch is cut."""
+        cut = "the batch is not cut" if self.exactness is None else str(self.exactness)
+        return "\n\n".join([self.plan.explain(), str(self.step), cut])
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    """A captured forward, and what following its batch axis told."""
+
+    forward: Graph
+    result: Microbatched
 
 
 class StepBuilder:
@@ -76,11 +88,13 @@ class StepBuilder:
             CaptureError: the model or loss cannot be captured.
             PlanError: nothing fits the devices.
         """
-        sizes = split_batch(batch.size, min(self.options.microbatches, batch.size))
-        analysed, exactness = self._analyse(batch, sizes)
-        if not exactness.exact and not self.options.force:
+        sizes: Sequence[int] = microbatch_sizes(batch.size, self.options.microbatches)
+        analysis = self._analyse(batch, sizes) if len(sizes) > 1 else None
+        if analysis is None or not (analysis.result.exact or self.options.force):
             sizes = (batch.size,)
-        rewritten = {size: self._rewritten(batch, size, analysed, exactness) for size in dict.fromkeys(sizes)}
+            rewritten = {batch.size: whole_batch(self._forward(batch, batch.size), batch)}
+        else:
+            rewritten = {size: self._rewritten(batch, size, analysis) for size in dict.fromkeys(sizes)}
         first = rewritten[sizes[0]]
         plan = self._plan(batch, sizes, first.forward)
         parts = {size: self._part(batch, micro, plan) for size, micro in rewritten.items()}
@@ -92,28 +106,24 @@ class StepBuilder:
             devices,
             schedule=self.options.schedule,
             clip=self.options.clip,
-            chain_buffers=not exactness.exact,
+            chain_buffers=analysis is not None and not analysis.result.exact,
             donate=True,
         )
         constants = self._capture(batch, sizes[0]).constants
         held = {f"constant:{name}": tensor for name, tensor in constants.items()}
-        return StepProgram(step, plan, exactness, sizes, held, batch.batched_names)
+        return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held)
 
-    def _analyse(self, batch: Batch, sizes: Sequence[int]) -> tuple[Graph, Microbatched]:
-        """Whether the batch can be cut, from two captures at different sizes (a size of 1 tells nothing)."""
-        size = max(2, sizes[0])
-        forward = self._forward(batch, size)
-        other = self._forward(batch, size + 1) if len(sizes) > 1 else None
-        result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
-        return forward, result
+    def _analyse(self, batch: Batch, sizes: Sequence[int]) -> _Analysis:
+        """Whether the batch can be cut, from captures at two sizes."""
+        forward, other = self._forward(batch, sizes[0]), self._forward(batch, sizes[0] + 1)
+        names = batch.batched_names
+        return _Analysis(forward, microbatched(forward, names, "0", other=other, force=self.options.force))
 
-    def _rewritten(self, batch: Batch, size: int, analysed: Graph, exactness: Microbatched) -> Microbatched:
+    def _rewritten(self, batch: Batch, size: int, analysis: _Analysis) -> Microbatched:
         """The forward at one microbatch's size, rewritten so that losses add up."""
-        if not exactness.exact and not self.options.force:
-            return microbatched_whole(self._forward(batch, size), batch.batched_names)
-        if size == exactness.batch:
-            return exactness
-        return rewrite_like(self._forward(batch, size), analysed, exactness)
+        if size == analysis.result.batch:
+            return analysis.result
+        return rewrite_like(self._forward(batch, size), analysis.forward, analysis.result)
 
     def _part(self, batch: Batch, micro: Microbatched, plan: Plan) -> Part:
         wrt = self._wrt(batch, micro.forward)
@@ -157,12 +167,19 @@ class StepBuilder:
         return self._captures[key]
 
 
-def microbatched_whole(forward: Graph, batched: Sequence[str]) -> Microbatched:
+def microbatch_sizes(batch: int, count: int) -> tuple[int, ...]:
+    """Sizes of ``count`` microbatches, or of fewer so that each has two samples.
+
+    At one sample, dimensions of the batch and dimensions that broadcast look alike: nothing could be proved.
+    """
+    return split_batch(batch, max(1, min(count, batch // 2)))
+
+
+def whole_batch(forward: Graph, batch: Batch) -> Microbatched:
     """A forward that is run on the whole batch at once: nothing is rewritten."""
-    size = next(port.value.type.shape[0] for port in forward.inputs_of("input") if port.target in batched)
     kept = tuple(port for port in forward.outputs if port.kind in ("output", "buffer"))
     graph = Graph(forward.name, forward.inputs, forward.nodes, kept)
-    return Microbatched(graph, None, None, size, (), "0", False, tuple(batched))
+    return Microbatched(graph, None, None, batch.size, (), "0", False, batch.batched_names)
 
 
 def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:

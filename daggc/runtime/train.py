@@ -228,7 +228,7 @@ class TrainStep:
         """Why the step is as it is: the plan, the order of tasks, and how the batch is cut."""
         if self._current is None:
             return "nothing is planned before the first step"
-        return "\n\n".join([self._current.plan.explain(), str(self._current.step), str(self._current.exactness)])
+        return self._current.explain()
 
     def records(self) -> dict[str, Sequence[Record]]:
         """When tasks ran since the last call, by device; for timelines."""

@@ -170,6 +170,11 @@ def know(key: str, program: Program) -> None:
     _PROGRAMS[key] = program
 
 
+def unknow(key: str) -> None:
+    """Undo :func:`know`."""
+    _PROGRAMS.pop(key, None)
+
+
 def take_records() -> list[Record]:
     """The records since the last call; runs on a worker."""
     records = list(_RECORDS)

@@ -122,10 +122,11 @@ class Grower:
             return self._fresh(arg, smooth)
         candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth)]
         # shrinks to a new input, which needs no adapting; the latest values are the likeliest, for depth
-        choice = self.draw(st.integers(0, min(len(candidates), _RECENT + 1)))
-        if choice == 0:
+        choice = self.draw(st.integers(0, 2 * _RECENT))
+        if choice == 0 or not candidates:
             return self._fresh(arg, smooth)
-        value = candidates[choice - 1] if choice <= _RECENT else self.draw(st.sampled_from(candidates))
+        recent = candidates[:_RECENT]
+        value = recent[choice % len(recent)] if choice <= 2 * len(recent) else self.draw(st.sampled_from(candidates))
         return value if self._is(value, arg) else self._adapt(value, arg)
 
     def _is(self, value: Value, arg: Arg) -> bool:

@@ -24,6 +24,7 @@ from daggc.ops.opdef import NOT_DIFFERENTIABLE, Derivative
 from daggc.testing.grow import Grower
 from daggc.testing.samples import OpSample, has_true_derivative, op_samples, sample_graph, with_dtype
 
+_LENGTH = 20  # how long programs are on average, if max_ops allows
 _PATHS = ("", "blocks.0.mlp", 'odd"\\name', "größe.0")
 
 
@@ -49,7 +50,9 @@ def programs(
     chosen = tuple(sorted(REGISTRY)) if ops is None else tuple(sorted(ops))
     table = _by_op(chosen, dtypes, differentiable)
     grower = Grower(draw, differentiable)
-    for step in range(draw(st.integers(1, max_ops))):
+    for step in range(max_ops):
+        if step and draw(st.integers(0, _LENGTH)) == 0:  # asked at each step, so that any step can shrink away
+            break
         sample, smooth = draw(st.sampled_from(draw(st.sampled_from(table))))
         with grower.b.at(path=draw(st.sampled_from(_PATHS)), source=f"generated.py:{step}" if step % 2 else ""):
             grower.add(sample, smooth)
