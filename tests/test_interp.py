@@ -37,7 +37,7 @@ def test_inputs_by_ref_or_by_target():
     ("inputs", "message"),
     [
         ({}, "needs 'param:fc.weight', a f64\\[2,3\\]"),
-        ({"fc.weight": np.zeros((2, 3))}, "needs 'input:0'.*given: fc.weight"),
+        ({"fc.weight": np.zeros((2, 3))}, "needs 'input:0'"),
         (
             {"fc.weight": np.zeros((2, 3)), "0": np.zeros((3, 2))},
             "'input:0' must be a f64\\[2,3\\], got float64\\[3, 2\\]",

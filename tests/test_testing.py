@@ -25,7 +25,7 @@ from daggc.testing import (
     with_dtype,
 )
 
-DOMAINS = ("real", "positive", "unit", "nonzero", "distinct", "bool", "small", "index:5", "key")
+DOMAINS = ("real", "positive", "unit", "nonzero", "distinct", "bool", "small", "count", "index:5", "key")
 
 
 @given(st.sampled_from(DOMAINS), st.sampled_from(("f64", "f32", "bf16", "i64", "u8", "bool")), st.integers(0, 99))

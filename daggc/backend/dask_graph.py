@@ -213,8 +213,14 @@ class _Emitter:
         return Call(self.program, callee, arguments, name, int(node.attrs.get("microbatch", -1)))
 
     def updates(self, update: Callable[..., Any]) -> None:
-        """For each device with state, one task that makes its next version."""
+        """For each device with state, one task that makes its next version.
+
+        It waits for everything else of the graph, on all devices: a step that fails before its updates changes
+        nothing anywhere, and no task that reads the version it replaces is still to run.
+        """
         homes = {str(p.value.type.device) for p in self.graph.inputs if isinstance(self.found[p.value.name], Resident)}
+        last = self.last_tasks()
+        done = {device: self.done(device, keys, number) for number, (device, keys) in enumerate(last.items())}
         for number, device in enumerate(sorted(homes | set(self.deferred))):
             dependencies = _Dependencies()
             if device in self.after:
@@ -228,14 +234,27 @@ class _Emitter:
                 if name in self.found and str(port.value.type.device) == device
             )
             key = f"daggc.update-{self.token}-{number}"
-            # Later than every task that reads the version it replaces: those are its dependencies' ancestors,
-            # or, where nothing is updated, calls of this run on this device.
-            readers = [k for k in self.result.calls if self.result.device[k] == device] if not nodes else []
-            for reader in readers:
-                dependencies.at(reader)
+            for other, barrier in done.items():
+                for awaited in last[other] if other == device else [barrier]:
+                    dependencies.at(awaited)
             task = Task(key, update, Update(calls, commits, values), self.context.get(device), *dependencies.refs())
             self.add(key, task, device, -len(self.graph.nodes))
             self.result.updates[device] = Found(key)
+
+    def last_tasks(self) -> dict[str, list[str]]:
+        """For each device, the tasks so far that no other waits for: when they have ended, all have."""
+        awaited = {key for task in self.result.tasks.values() for key in task.dependencies}
+        last: dict[str, list[str]] = {}
+        for key in self.result.tasks:
+            if key not in awaited:
+                last.setdefault(self.result.device[key], []).append(key)
+        return dict(sorted(last.items()))
+
+    def done(self, device: str, keys: Sequence[str], number: int) -> str:
+        """A task without a result, for other devices to wait for."""
+        key = f"daggc.done-{self.token}-{number}"
+        self.add(key, Task(key, nothing, *(TaskRef(awaited) for awaited in keys)), device, 1)
+        return key
 
     def add(self, key: str, task: Task, device: str, priority: int) -> None:
         self.result.tasks[key] = task
@@ -304,6 +323,10 @@ def add_join(result: Emission, key: str, function: Callable[..., Any], found: Se
 def pick_all(result: Any, indices: Sequence[int | str | None]) -> tuple[Any, ...]:
     """Several values of a task's result."""
     return tuple(result if index is None else result[index] for index in indices)
+
+
+def nothing(*_: Any) -> None:
+    """What a task gives that only has to be waited for."""
 
 
 def pick(result: Any, index: int | str) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from daggc.backend.codegen import compile_graph
-from daggc.ir.graph import Graph, Program
+from daggc.ir.graph import Graph, Node, Program
 
 Tensors = Sequence[torch.Tensor]
 
@@ -21,11 +21,29 @@ def run_graph(program: Program, graph: Graph, tensors: Tensors, device: str = "c
     if not any(node.op == "call" for node in graph.nodes):
         return compile_graph(graph)(tensors, device)
     values = {port.value.name: tensor for port, tensor in zip(graph.inputs, tensors, strict=True)}
-    for node in graph.nodes:
+    run_calls(program, graph.nodes, values, {port.value.name for port in graph.outputs}, device)
+    return tuple(values[port.value.name] for port in graph.outputs)
+
+
+def run_calls(
+    program: Program, nodes: Sequence[Node], values: dict[str, torch.Tensor], wanted: Collection[str], device: str
+) -> None:
+    """Run ``call`` and ``transfer`` nodes one after the other.
+
+    Args:
+        values: by name; results are added, and what no later node reads is dropped.
+        wanted: names of values that are kept.
+    """
+    last = {value.name: index for index, node in enumerate(nodes) for value in (*node.outputs, *node.inputs)}
+    for index, node in enumerate(nodes):
         arguments = [values[value.name] for value in node.inputs]
         if node.op == "call":
             results = run_graph(program, program[str(node.attrs["callee"])], arguments, device)
         else:
             results = (arguments[0],)
+        del arguments
         values.update(zip((value.name for value in node.outputs), results, strict=True))
-    return tuple(values[port.value.name] for port in graph.outputs)
+        del results
+        for value in (*node.inputs, *node.outputs):
+            if last[value.name] == index and value.name not in wanted:
+                values.pop(value.name, None)

@@ -8,6 +8,7 @@ In the IR it is a ``python.call`` node; where it runs, the function is found by 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -21,7 +22,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 _OWNERS: dict[str, Any] = {}  # what each name was given to: a function, or an autograd.Function class
 _RULES: dict[str, Callable[..., Any]] = {}
 _APPLY = torch.autograd.Function.__dict__["apply"]
-_capturing = False
+_WRAPPED: dict[str, Callable[..., Any]] = {}  # what ``opaque`` returned, found by name in the user's module
+_APPLY_LOCK = threading.RLock()
+_here = threading.local()  # other threads may run programs while this one captures
 
 _library = torch.library.Library("daggc", "FRAGMENT")
 _library.define("python_call(str target, str args, Tensor[] inputs) -> Tensor[]")
@@ -51,9 +54,15 @@ def opaque(
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return record(target, args, kwargs) if _capturing else function(*args, **kwargs)
+        return record(target, args, kwargs) if capturing() else function(*args, **kwargs)
 
+    _WRAPPED[target] = call
     return call
+
+
+def capturing() -> bool:
+    """Whether this thread is capturing a model."""
+    return getattr(_here, "capturing", False)
 
 
 def _enter(function: Any, name: str | None = None) -> str:
@@ -82,7 +91,8 @@ def lookup(target: str) -> Callable[..., Any]:
 
 def registered(targets: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """The functions of these names, to ship to a worker."""
-    return {target: lookup(target) for target in targets}
+    # The wrapper travels by name where its module can be imported there; the bare function never could.
+    return {target: _WRAPPED.get(target) or lookup(target) for target in targets}
 
 
 def register_functions(functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -93,19 +103,28 @@ def register_functions(functions: Mapping[str, Callable[..., Any]]) -> None:
 @contextmanager
 def recording() -> Iterator[None]:
     """While capturing: opaque functions and ``autograd.Function.apply`` are recorded, not traced."""
-    global _capturing
-    original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if not capturing():
+            return _APPLY.__get__(None, cls)(*args, **kwargs)
         return record(_enter(cls), args, kwargs)
 
-    _capturing = True
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]  # restored below
+    with _APPLY_LOCK:  # one capture at a time
+        torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]  # restored below
+        try:
+            with _set_capturing(True):
+                yield
+        finally:
+            torch.autograd.Function.apply = _APPLY
+
+
+@contextmanager
+def _set_capturing(value: bool) -> Iterator[None]:
+    before, _here.capturing = capturing(), value
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
-        _capturing = False
+        _here.capturing = before
 
 
 def record(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -154,20 +173,14 @@ def call_registered(target: str, spec: Sequence[Any], tensors: Sequence[torch.Te
 @torch.library.register_fake("daggc::python_call", lib=_library)
 def _fake(target: str, args: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Output types, by calling the function on fake tensors, with the interception lifted."""
-    global _capturing
-    outside = torch.autograd.Function.__dict__["apply"]
-    _capturing = False
-    torch.autograd.Function.apply = _APPLY
     try:
-        results = call_registered(target, json.loads(args), inputs, rule=True)
+        with _set_capturing(False):
+            results = call_registered(target, json.loads(args), inputs, rule=True)
     except (RuntimeError, TypeError, ValueError) as wrong:
         raise CaptureError(
             f"{target} cannot be called on tensors without data to learn its output shapes ({wrong}); "
             "give them with @daggc.opaque(out=lambda *args: ...)"
         ) from wrong
-    finally:
-        torch.autograd.Function.apply = outside
-        _capturing = True
     _gives_tuple[target, args] = not isinstance(results, torch.Tensor)
     flat = [results] if isinstance(results, torch.Tensor) else list(results)
     if not all(isinstance(result, torch.Tensor) for result in flat):

@@ -62,7 +62,8 @@ def _flatten_sequence(value: Any, leaves: list[torch.Tensor], above: tuple[int, 
 
 def _flatten_mapping(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
     if not all(isinstance(key, str | int) for key in value) or len({str(key) for key in value}) != len(value):
-        raise CaptureError(f"keys of a dict in arguments or results are distinct strings or ints, got {list(value)[:5]}")
+        got = list(value)[:5]
+        raise CaptureError(f"keys of a dict in arguments or results are distinct strings or ints, got {got}")
     parts = {key: _flatten(item, leaves, above) for key, item in value.items()}
     children = tuple(part.tree for part in parts.values())
     keys = tuple(map(str, parts))

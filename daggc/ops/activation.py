@@ -88,6 +88,7 @@ def _register_pair(
     flops: float = 8,
     domain: str = "real",
     from_output: bool = False,
+    selects: bool = False,
     aten: Mapping[str, Importer] | None = None,
 ) -> None:
     """Register ``name(x) {attrs}`` and ``name_backward(ct, x) {attrs}``, or ``(ct, y)`` if ``from_output``.
@@ -96,6 +97,7 @@ def _register_pair(
         forward, slope: ``(array, attrs) -> array``; the slope is taken at x, or at y if ``from_output``.
         lower, lower_backward: format strings of the arguments ``{0}``, ``{1}`` and the attributes.
         slope_ir: the slope as differentiable IR; ``node`` has the attributes.
+        selects: where the slope is zero, the backward gives zero even if the cotangent is infinite or NaN.
         defaults: the attributes in the order of ATen's arguments; ``others``: more attributes to sample.
         aten: importers beside ``{name}.default``.
     """
@@ -105,6 +107,9 @@ def _register_pair(
         assert cts[0] is not None
         kept = node.output if from_output else node.inputs[0]
         return (b.emit(f"{name}_backward", cts[0], kept, **node.attrs),)
+
+    def pull_back(ct: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        return np.where(factor == 0, 0, ct * factor) if selects else ct * factor
 
     def fill(template: str) -> Callable[[Node, Sequence[str]], str]:
         return lambda node, args: template.format(*args, **{k: _text(v) for k, v in node.attrs.items()})
@@ -127,7 +132,7 @@ def _register_pair(
         OpDef(
             name=f"{name}_backward",
             infer=_infer(2, tuple(defaults)),
-            evaluate=upcast(lambda node, ct, kept: ct * slope(kept, node.attrs)),
+            evaluate=upcast(lambda node, ct, kept: pull_back(ct, slope(kept, node.attrs))),
             vjp=BY_DECOMPOSITION,
             cost=elementwise_cost(flops + 2),
             axes=same_axes,
@@ -238,7 +243,7 @@ unary("square", np.square, lambda b, node, ct: mul(b, ct, scale(b, node.inputs[0
 _register_pair(
     "relu",
     lambda x, attrs: np.maximum(x, 0),
-    lambda y, attrs: (y > 0).astype(y.dtype),
+    lambda y, attrs: (~(y <= 0)).astype(y.dtype),  # NaN passes, as in torch
     "torch.relu({0})",
     "torch.ops.aten.threshold_backward({0}, {1}, 0)",
     slope_ir=lambda b, node, y: _mask(b, "gt", y, 0.0),
@@ -246,6 +251,7 @@ _register_pair(
     domain="nonzero",
     from_output=True,
     aten={"relu.default": _import_relu, "threshold.default": _import_threshold},
+    selects=True,
 )
 _register_pair(
     "sigmoid",
@@ -470,6 +476,7 @@ _register_pair(
         **dict.fromkeys(("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor"), _import_clamp),
         **dict.fromkeys(("clamp_max.default", "clamp_max.Tensor"), _import_clamp_max),
     },
+    selects=True,
 )
 _register_pair(
     "hardswish",
@@ -479,6 +486,7 @@ _register_pair(
     "torch.ops.aten.hardswish_backward({0}, {1})",
     slope_ir=_hardswish_slope_ir,
     flops=4,
+    selects=True,
 )
 _register_pair(
     "hardsigmoid",
@@ -488,4 +496,5 @@ _register_pair(
     "torch.ops.aten.hardsigmoid_backward({0}, {1})",
     slope_ir=lambda b, node, x: scale(b, _within(b, x, -3.0, 3.0), _SIXTH),
     flops=3,
+    selects=True,
 )

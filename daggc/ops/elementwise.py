@@ -701,7 +701,7 @@ register(
     OpDef(
         name="cast",
         infer=_infer_cast,
-        evaluate=lambda node, x: x.astype(node.output.type.numpy_dtype),
+        evaluate=lambda node, x: (x if node.output.type.is_complex else x.real).astype(node.output.type.numpy_dtype),
         vjp=_cast_vjp,
         cost=copy_cost,
         axes=same_axes,

@@ -60,7 +60,7 @@ class Arg:
     """A sample input. ``domain`` says which numbers are drawn:
 
     real (normal), positive (0.2 to 2), unit (0.05 to 0.95), nonzero, distinct (no ties), bool,
-    index:N (integers in [0, N)), small (integers in [-4, 4]), key (a random key).
+    index:N (integers in [0, N)), small (integers in [-4, 4]), count (integers from 1 to 9), key (a random key).
     """
 
     type: TensorType

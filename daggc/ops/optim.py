@@ -131,7 +131,7 @@ def _lower(function: str, options: Sequence[str]) -> Callable[[Node, Sequence[st
 
 
 _SCALAR = Arg(SCALAR, "positive")
-_STEP = Arg(SCALAR, "positive")
+_STEP = Arg(SCALAR, "count")
 _PLAIN = dict.fromkeys(SGD_OPTIONS, 0.0) | {"nesterov": False, "maximize": False, "donate": False}
 
 register(

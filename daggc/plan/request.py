@@ -40,9 +40,7 @@ def primal_of(program: Program) -> tuple[Program, list[str]]:
     forward = program.forward
     outputs = tuple(port for port in forward.outputs if port.kind != "residual")
     provenance = program.provenance[:-1] if program.provenance[-1:] == ("vjp",) else program.provenance
-    primal = replace(
-        program, graphs={"forward": eliminate(replace(forward, outputs=outputs))}, provenance=provenance
-    )
+    primal = replace(program, graphs={"forward": eliminate(replace(forward, outputs=outputs))}, provenance=provenance)
     wrt = [port.target for port in program.backward.outputs_of("grad")]
     known = {port.ref for port in forward.inputs}
     if not known.issuperset(wrt) or vjp(primal, wrt).backward.structure() != program.backward.structure():

@@ -111,9 +111,8 @@ def _draw(graph: Graph, program: Program, top: Cluster, arrows: list[Arrow]) -> 
     for index, node in enumerate(graph.nodes):
         box = Box(f"{prefix}_n{index}", _node_lines(node, weights, program), _role(node))
         _group(top, node).boxes.append(box)
-        for value in dict.fromkeys(node.inputs):
-            if value.name not in weights:
-                arrows.append(Arrow(makers[value.name], box.id, str(value.type.with_(device=None))))
+        reads = [value for value in dict.fromkeys(node.inputs) if value.name not in weights]
+        arrows += [Arrow(makers[value.name], box.id, str(value.type.with_(device=None))) for value in reads]
         makers.update((value.name, box.id) for value in node.outputs)
     for index, port in enumerate(graph.outputs):
         box = Box(f"{prefix}_o{index}", (f"{port.kind} {port.target}",), "output")

@@ -64,7 +64,8 @@ def capture_source(made: Sequence[Any], name: str = "the model") -> Source:
 
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise CaptureError(f"{name} must give (model, args) or (model, args, kwargs), it gave a {type(made).__name__}")
-    model, args, kwargs = (*made, {})[:3]
+    model, args = made[:2]
+    kwargs = made[2] if len(made) == 3 else {}
     if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
         raise CaptureError(f"{name}: args are a tuple and kwargs a dict, got {type(args)} and {type(kwargs)}")
     captured = capture(model, args, kwargs)
@@ -85,7 +86,8 @@ def call_factory(name: str) -> Any:
     where, colon, attribute = name.rpartition(":")
     if not colon or not where:
         raise CaptureError(
-            f"a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; got {name!r}"
+            "a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; "
+            f"got {name!r}"
         )
     try:
         module = _import(where)

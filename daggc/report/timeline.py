@@ -44,6 +44,12 @@ class Span:
     phase: str = "other"
     microbatch: int = -1
 
+    @staticmethod
+    def of_task(name: str, device: str, start: float, end: float, microbatch: int = -1) -> Span:
+        """A span whose phase is in the task's name: ``stage0.forward``, ``send``."""
+        last = name.rpartition(".")[2]
+        return Span(name, device, start, end, "transfer" if last in ("send", "pick") else last, microbatch)
+
 
 def timeline_html(predicted: Iterable[Span] = (), measured: Iterable[Span] = (), title: str = "daggc timeline") -> str:
     """The HTML page. Each list starts at its own zero; either may be empty."""
@@ -164,12 +170,12 @@ def _section(name: str, spans: Sequence[Span], horizon: float) -> str:
             f'<g class="tick" data-start="{index * step!r}"><line x1="{x:.2f}" x2="{x:.2f}" y1="4" y2="{y:g}"/>'
             f'<text x="{x:.2f}" y="{y + 14:g}">{seconds_text(index * step)}</text></g>'
         )
-    width, height = _LEFT + _WIDTH + _RIGHT, y + 22
-    return (
-        f'<section><h2>{html.escape(name)}</h2><div class="scroll">'
-        f'<svg role="img" aria-label="{html.escape(name)} tasks by device" width="{width:g}" height="{height:g}" '
-        f'data-horizon="{horizon!r}" data-left="{_LEFT:g}" data-width="{_WIDTH:g}">{"".join([*rows, *ticks, *bars])}</svg></div></section>'
-    )
+    drawn = "".join([*rows, *ticks, *bars])
+    size = f'width="{_LEFT + _WIDTH + _RIGHT:g}" height="{y + 22:g}"'
+    data = f'data-horizon="{horizon!r}" data-left="{_LEFT:g}" data-width="{_WIDTH:g}"'
+    title = html.escape(name)
+    svg = f'<svg role="img" aria-label="{title} tasks by device" {size} {data}>{drawn}</svg>'
+    return f'<section><h2>{title}</h2><div class="scroll">{svg}</div></section>'
 
 
 def _bar(span: Span, y: float, horizon: float) -> str:

@@ -38,9 +38,9 @@ class Batch:
         return tuple(name for name, batched in zip(self.names, self.batched, strict=True) if batched)
 
     def part(self, start: int, size: int) -> list[torch.Tensor]:
-        """The leaves of one microbatch."""
+        """The leaves of one microbatch, as they are now: the user may fill the same memory with the next batch."""
         return [
-            leaf[start : start + size] if batched else leaf
+            (leaf[start : start + size] if batched else leaf).clone()  # of a view, Dask would send all of its memory
             for leaf, batched in zip(self.leaves, self.batched, strict=True)
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ class Checkpoint:
 
     Attributes:
         tensors: by port ref: ``param:fc.weight``, ``buffer:bn.running_mean``, ``state:exp_avg:fc.weight``.
-        meta: plain data: the number of steps, the seed of random ops, the optimizer's groups.
+        meta: plain data: the number of steps, the seed of random ops, learning rates, updates of each parameter.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -36,14 +36,15 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a file whole or not at all: it is made beside its place and moved there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         tensors = {ref: tensor.detach().cpu().contiguous().clone() for ref, tensor in checkpoint.tensors.items()}
         save_file(tensors, temporary, {"daggc.checkpoint": _FORMAT, "meta": json.dumps(checkpoint.meta)})
-        os.replace(temporary, path)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -55,5 +56,5 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                 raise RunError(f"{path} is no checkpoint of this version of daggc")
             refs = list(file.keys())
             return Checkpoint({ref: file.get_tensor(ref) for ref in refs}, json.loads(meta["meta"]))
-    except (OSError, SafetensorError, ValueError) as wrong:
+    except (OSError, SafetensorError, ValueError, KeyError) as wrong:
         raise RunError(f"cannot read a checkpoint from {path}: {wrong}") from wrong

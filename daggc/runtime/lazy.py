@@ -45,11 +45,16 @@ def lazy_vjp(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, A
     executor = _dask_executor(entry)
     emission, sources = executor.forward_tasks(inputs, new_token())
     result = _result_thunk(entry, executor, emission)
-    return result, partial(_pull_back, entry, executor, emission, sources | emission.outputs)
+    return result, partial(_pull_back, entry, executor, emission, sources | emission.outputs, result.keep)
 
 
 def _pull_back(
-    entry: Entry, executor: DaskExecutor, forward: Emission, sources: Mapping[str, Source], cotangent: Any
+    entry: Entry,
+    executor: DaskExecutor,
+    forward: Emission,
+    sources: Mapping[str, Source],
+    keep: Sequence[Any],
+    cotangent: Any,
 ) -> tuple[dict[str, Thunk], tuple[Thunk | None, ...]]:
     """The gradients: by parameter name, and one for each tensor among the inputs (None if it has none)."""
     given = _cotangents(entry, executor, cotangent)
@@ -60,7 +65,7 @@ def _pull_back(
     thunks: dict[str, Thunk] = {}
     for port in executor.program.backward.outputs:
         found = backward.outputs[port.ref]
-        thunks[port.target] = join_thunk(emission, [found], _first, executor.pool, executor.held_futures())
+        thunks[port.target] = join_thunk(emission, [found], _first, executor.pool, keep)
     parameters = {ref.removeprefix("param:"): t for ref, t in thunks.items() if ref.startswith("param:")}
     ports = entry.program.forward.inputs_of("input")
     return parameters, tuple(thunks.get(port.ref) for port in ports)
@@ -99,7 +104,7 @@ def _result_thunk(entry: Entry, executor: DaskExecutor, emission: Emission) -> T
     ports = executor.program.forward.outputs_of("output")
     found: list[Found] = [emission.outputs[port.ref] for port in ports]
     assemble = partial(_rebuild, entry.out_spec.rebuild)
-    return join_thunk(emission, found, assemble, executor.pool, executor.held_futures())
+    return join_thunk(emission, found, assemble, executor.pool, (executor, *executor.held_futures()))
 
 
 def _rebuild(rebuild: Callable[[Any], Any], values: list[Any]) -> Any:

@@ -6,7 +6,7 @@ parameter groups are read when a step is submitted, and ``sync`` writes its stat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def read_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Gro
             model's.
     """
     kind = _kind(optimizer)
+    _refuse_hooks(optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups: list[Group] = []
     for group in optimizer.param_groups:
@@ -75,6 +76,61 @@ def read_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Gro
     return tuple(groups)
 
 
+def _refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise RunError("the optimizer has step hooks, which train_step would not run; remove them")
+
+
+class Counts:
+    """How often each parameter was updated: torch counts for each parameter, steps without a gradient left out.
+
+    Steps are told by the version they start from, so that a step that failed can be taken back.
+    """
+
+    def __init__(self, version: int, counts: Mapping[str, int]) -> None:
+        self._base = dict(counts)
+        self._runs: list[tuple[int, frozenset[str]]] = [(version, frozenset())]
+
+    def add(self, version: int, updated: frozenset[str]) -> None:
+        """The step from ``version`` updates these parameters."""
+        self._forget(version)
+        if self._runs[-1][1] != updated:
+            self._runs.append((version, updated))
+
+    def at(self, version: int) -> dict[str, int]:
+        """The counts after all steps before this version."""
+        self._forget(version)
+        counts = dict(self._base)
+        ends = [start for start, _ in self._runs[1:]] + [version]
+        for (start, updated), end in zip(self._runs, ends, strict=True):
+            for name in updated:
+                counts[name] = counts.get(name, 0) + end - start
+        return counts
+
+    def common(self, version: int, updated: Sequence[str]) -> int:
+        """The count of all these parameters.
+
+        Raises:
+            RunError: they differ; one step of a training counts the same for all parameters.
+        """
+        counts = self.at(version)
+        by_count: dict[int, str] = {}
+        for name in updated:
+            by_count.setdefault(counts.get(name, 0), name)
+        if len(by_count) > 1:
+            (first, one), (second, other), *_ = sorted(by_count.items())
+            raise RunError(
+                f"parameter {one!r} was updated {first} times, {other!r} {second} times: train_step updates "
+                "parameters with optimizer state together; was one frozen before? sync() and make a new optimizer"
+            )
+        return next(iter(by_count), 0)
+
+    def _forget(self, version: int) -> None:
+        """Steps from here on did not happen."""
+        while len(self._runs) > 1 and self._runs[-1][0] >= version:
+            self._runs.pop()
+
+
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     """The learning rate of each group as it is now."""
     return [float(group["lr"]) for group in optimizer.param_groups]
@@ -92,47 +148,52 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     )
 
 
-def initial_state(optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module) -> tuple[Tensors, int]:
-    """State tensors by ref (``state:exp_avg:fc.weight``) and the number of steps taken so far.
+def read_state(
+    optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module
+) -> tuple[Tensors, dict[str, int]]:
+    """State tensors by ref (``state:exp_avg:fc.weight``), and how often each parameter was updated.
 
-    What the optimizer has not made yet is zeros, as its first step would have it.
-
-    Raises:
-        RunError: parameters have taken different numbers of steps.
+    What the optimizer has not made yet is zeros, as its first step would have it. SGD keeps no count: a parameter
+    that has a momentum counts as updated once, which makes no difference to any further step.
     """
     parameters = dict(model.named_parameters())
     tensors: Tensors = {}
-    steps: set[int] = set()
+    counts: dict[str, int] = {}
     for group in groups:
         for name in group.names:
             state: Mapping[str, Any] = optimizer.state.get(parameters[name], {})
-            if "step" in state:
-                steps.add(int(state["step"]))
+            momentum = state.get("momentum_buffer") is not None
+            counts[name] = int(state["step"]) if "step" in state else int(momentum)
             for key in group.states:
                 found = state.get(key)
-                tensors[state_ref(key, name)] = torch.zeros_like(parameters[name]) if found is None else found
-                if key == "momentum_buffer" and found is not None:
-                    steps.add(1)  # SGD keeps no count; any later step does the same
-    if len(steps) > 1:
-        raise RunError(f"parameters of the optimizer have taken different numbers of steps: {sorted(steps)}")
-    return {ref: tensor.detach() for ref, tensor in tensors.items()}, steps.pop() if steps else 0
+                tensor = torch.zeros_like(parameters[name]) if found is None else found
+                tensors[state_ref(key, name)] = tensor.detach()
+    return tensors, counts
 
 
 def write_state(
-    optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module, tensors: Tensors, step: int
+    optimizer: torch.optim.Optimizer,
+    groups: tuple[Group, ...],
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    counts: Mapping[str, int],
 ) -> None:
-    """Put state that came from workers into the optimizer, in torch's own format."""
+    """Put state that came from workers into the optimizer, in torch's own format.
+
+    Parameters that were never updated have none, as in torch.
+    """
     parameters = dict(model.named_parameters())
     for group in groups:
         for name in group.names:
             parameter = parameters[name]
             found = {key: tensors[state_ref(key, name)] for key in group.states if state_ref(key, name) in tensors}
-            if len(found) < len(group.states) or not step:
-                continue  # the parameter has never had a gradient
+            if not counts.get(name) or not group.states:
+                optimizer.state.pop(parameter, None)
+                continue
             state = optimizer.state[parameter]
             state.update((key, tensor.to(parameter.device)) for key, tensor in found.items())
             if group.kind == "adamw":
-                state["step"] = torch.tensor(float(step))
+                state["step"] = torch.tensor(float(counts[name]))
 
 
 def state_ref(key: str, name: str) -> str:

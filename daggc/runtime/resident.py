@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from distributed import Future
+from distributed.comm.core import CommClosedError
 
 from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, add_data, emit
-from daggc.backend.local import run_graph
+from daggc.backend.local import run_calls
+from daggc.errors import RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
@@ -30,7 +34,12 @@ class Pending(Protocol):
 
 
 class Home(Protocol):
-    """Holds a training's state and runs its steps, in the order they are submitted."""
+    """Holds a training's state and runs its steps, in the order they are submitted.
+
+    Attributes:
+        version: the steps that the state has seen once all that are under way have ended. A step that fails
+            before its updates changes nothing, and the version is again what it was before it.
+    """
 
     version: int
 
@@ -50,6 +59,10 @@ class Home(Protocol):
         """Wait for all steps submitted."""
         ...
 
+    def discard(self) -> None:
+        """Give up the steps under way and what went wrong before; the state is replaced next."""
+        ...
+
     def records(self) -> dict[str, list[Record]]:
         """When tasks ran since the last call, by device."""
         ...
@@ -66,6 +79,7 @@ class LocalHome:
         self.device = device
         self.version = 0
         self._name = f"local-{uuid.uuid4().hex}"
+        weakref.finalize(self, store.drop, self._name)
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
         store.put(self._name, version, tensors)
@@ -74,26 +88,32 @@ class LocalHome:
     def submit(self, program: Program, inputs: Tensors) -> Pending:
         graph = program["step"]
         state = store.get(self._name)
-        outputs: dict[str, torch.Tensor] = {}
+        values = {
+            port.value.name: state.read(port.ref, self.version) if port.kind in RESIDENT else inputs[port.ref].detach()
+            for port in graph.inputs
+        }
+        wanted = {port.value.name for port in graph.outputs}
+        # What fails before the updates changes nothing.
+        updates = [node for node in graph.nodes if node.attrs.get("phase") == "update"]
+        before = [node for node in graph.nodes if node.attrs.get("phase") != "update"]
+        read_later = {value.name for node in updates for value in node.inputs}
+        run_calls(program, before, values, wanted | read_later, self.device)
 
         def compute() -> dict[str, torch.Tensor]:
-            tensors = [
-                state.read(port.ref, self.version) if port.kind in RESIDENT else inputs[port.ref]
-                for port in graph.inputs
-            ]
-            results = run_graph(program, graph, tensors, self.device)
-            named = list(zip(graph.outputs, results, strict=True))
-            outputs.update((port.target, value) for port, value in named if port.kind == "output")
-            return {port.ref: value for port, value in named if port.kind != "output"}
+            run_calls(program, updates, values, wanted, self.device)
+            return {port.ref: values[port.value.name] for port in graph.outputs if port.kind != "output"}
 
         state.update(self.version, compute)
         self.version += 1
-        return _Done(outputs)
+        return _Done({port.target: values[port.value.name] for port in graph.outputs if port.kind == "output"})
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         return store.snapshot(self._name, self.version)
 
     def settle(self) -> None:
+        """Nothing is under way."""
+
+    def discard(self) -> None:
         """Nothing is under way."""
 
     def records(self) -> dict[str, list[Record]]:
@@ -120,6 +140,10 @@ class WorkerHome:
 
     Steps follow each other through their update tasks. Dask remembers a task's dependencies for as long as the
     task lives, so an unbroken chain of steps would grow for ever: every 16 steps it is waited for, and cut.
+
+    When a step fails, those submitted after it are given up too. Its updates wait for everything else of the step,
+    so usually the state is what it was before the step, and training can go on; if not, the state is broken, and
+    every use raises why, until it is loaded again.
     """
 
     def __init__(self, pool: Pool, threads: int = 0) -> None:
@@ -127,14 +151,16 @@ class WorkerHome:
         self.version = 0
         self.threads = threads
         self._name = f"train-{uuid.uuid4().hex}"
+        self._broken: RunError | None = None
         self._devices: dict[str, str] = {}  # ref -> device of every resident tensor
         self._shipped: dict[int, str] = {}  # id of a program -> its key; programs are kept by their builder
         self._after: dict[str, Found] = {}
         self._pending: list[_Submitted] = []
+        weakref.finalize(self, abandon, pool, self._name, self._shipped)
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
         self.settle()
-        self._after = {}
+        self._check()
         homes = {port.ref: str(port.value.type.device) for port in program["step"].inputs_of(*RESIDENT)}
         self._devices = homes
         futures: list[Future] = []
@@ -144,13 +170,17 @@ class WorkerHome:
         self.pool.gather(futures)
         self.version = version
 
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise type(self._broken)(str(self._broken))
+
     def submit(self, program: Program, inputs: Tensors) -> Pending:
         graph = program["step"]
+        self._check()
         while len(self._pending) >= _AHEAD:
             self._pending[0].outputs()
         if self.version % _CUT == 0:
             self.settle()
-            self._after = {}
         key = self._ship(program)
         token = new_token()
         data = Emission()
@@ -171,7 +201,9 @@ class WorkerHome:
         futures = self.pool.submit(emission, [*collectors, *updates])
         self._after = dict(emission.updates)
         self.version += 1
-        step = _Submitted(self, dict(zip(collectors, futures, strict=False)), futures[len(collectors) :], wanted)
+        step = _Submitted(
+            self, self.version - 1, dict(zip(collectors, futures, strict=False)), futures[len(collectors) :], wanted
+        )
         self._pending.append(step)
         return step
 
@@ -186,14 +218,58 @@ class WorkerHome:
         """A step has ended, and with it all before it."""
         if step in self._pending:
             del self._pending[: self._pending.index(step) + 1]
+        if not self._pending:
+            self._after = {}  # nothing to wait for, and its keys are released
 
-    def settle(self) -> None:
+    def failed(self, step: _Submitted, wrong: RunError) -> None:
+        """A step has failed: give up those after it, and find out what it left of the state."""
+        followers = self._pending[self._pending.index(step) + 1 :] if step in self._pending else []
+        self._give_up()
+        for follower in followers:
+            follower.fail(RunError(f"not run: an earlier step failed: {wrong}"))
+        if isinstance(wrong, WorkerLostError):
+            self._broken = wrong
+            return
+        try:
+            found = {
+                device: self.pool.gather([self.pool.run_on(device, store.status, self._name)], timeout=30)[0]
+                for device in sorted(set(self._devices.values()))
+            }
+        except RunError as unknown:
+            self._broken = unknown
+            return
+        torn = [device for device, version in found.items() if version != step.version]
+        if torn:
+            self._broken = RunError(
+                f"an update failed and left the state on {', '.join(torn)} between two steps; "
+                f"load a checkpoint to go on ({wrong})"
+            )
+        else:
+            self.version = step.version
+
+    def _give_up(self) -> None:
+        self.pool.cancel([future for step in self._pending for future in step.futures])
+        self._pending, self._after = [], {}
+
+    def discard(self) -> None:
+        for step in self._pending:
+            step.fail(RunError("not waited for: another state was loaded"))
+        self._give_up()
+        self._broken = None
+
+    def settle(self, before: _Submitted | None = None) -> None:
         for step in list(self._pending):
+            if step is before:
+                return
             step.outputs()
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         self.settle()
-        futures = [self.pool.run_on(device, store.snapshot, self._name, self.version) for device in self.pool.addresses]
+        self._check()
+        futures = [
+            self.pool.run_on(device, store.snapshot, self._name, self.version)
+            for device in sorted(set(self._devices.values()))
+        ]
         tensors: dict[str, torch.Tensor] = {}
         for part in self.pool.gather(futures):
             tensors |= part
@@ -209,28 +285,66 @@ class WorkerHome:
             self.pool.client.run(store.drop, self._name)
             for key in self._shipped.values():
                 self.pool.forget(key)
-        self._shipped = {}
+        self._shipped.clear()
 
 
 class _Submitted:
-    """A step on the workers. Its update tasks' futures are kept until its results have been fetched."""
+    """A step on the workers, from one version to the next. Its futures are kept until its results were fetched."""
 
     def __init__(
-        self, home: WorkerHome, futures: dict[str, Future], updates: list[Future], wanted: Mapping[str, Found]
+        self,
+        home: WorkerHome,
+        version: int,
+        collectors: dict[str, Future],
+        updates: list[Future],
+        wanted: Mapping[str, Found],
     ) -> None:
+        self.version = version
         self._home = home
-        self._futures = futures
+        self._collectors = collectors
         self._updates = updates
         self._wanted = wanted
-        self._results: dict[str, torch.Tensor] | None = None
+        self._results: dict[str, torch.Tensor] = {}
+        self._wrong: RunError | None = None
+
+    @property
+    def futures(self) -> list[Future]:
+        return [*self._collectors.values(), *self._updates]
 
     def outputs(self) -> dict[str, torch.Tensor]:
-        if self._results is None:
-            gathered = self._home.pool.gather([*self._futures.values(), *self._updates])
-            by_key = dict(zip(self._futures, gathered, strict=False))
+        if self._wrong is not None:
+            raise type(self._wrong)(str(self._wrong)) from self._wrong
+        if self.futures:
+            try:
+                self._home.settle(before=self)
+                gathered = self._home.pool.gather(self.futures)
+            except RunError as wrong:
+                if self._wrong is None:  # else an earlier step failed, and took this one with it
+                    self._home.failed(self, wrong)
+                    self.fail(wrong)
+                raise
+            by_key = dict(zip(self._collectors, gathered, strict=False))
             self._results = {
                 ref.removeprefix("output:"): by_key[found.key][found.index] for ref, found in self._wanted.items()
             }
-            self._futures, self._updates = {}, []
+            self._collectors, self._updates = {}, []
             self._home.finished(self)
         return self._results
+
+    def fail(self, wrong: RunError) -> None:
+        """Waiting for it raises this from now on."""
+        self._wrong = wrong
+        self._collectors, self._updates = {}, []
+
+
+def abandon(pool: Pool, name: str, shipped: Mapping[int, str]) -> None:
+    """Drop a store and programs on all workers without waiting; the garbage collector calls it, on any thread."""
+    if pool.client.status == "running":
+        pool.client.loop.add_callback(_drop, pool.client, name)
+        for key in shipped.values():
+            pool.forget(key)
+
+
+async def _drop(client: Any, name: str) -> None:
+    with suppress(CommClosedError, OSError, TimeoutError, ValueError):  # closed meanwhile: all is dropped
+        await client._run(store.drop, name, on_error="ignore")

@@ -12,9 +12,8 @@ from torch import nn
 from daggc.errors import CaptureError, RunError
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph
-from daggc.passes import SIMPLIFY
 from daggc.passes.manager import pipeline, run
-from daggc.passes.microbatch import Microbatched, microbatched, rewrite_like
+from daggc.passes.microbatch import Microbatched, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
@@ -23,6 +22,9 @@ from daggc.plan.plan import Plan, plan_model
 from daggc.plan.schedule.tasks import split_batch
 from daggc.plan.step import Part, Step, step_graph
 from daggc.runtime.batch import Batch
+
+# Without folding, whose limit on sizes may treat captures at two batch sizes differently.
+_SIMPLIFY = "canonicalize,cse,dce"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class StepProgram:
 
 @dataclass(frozen=True)
 class _Analysis:
-    """A captured forward, and what following its batch axis told."""
+    """A forward captured at two batch sizes, and what following the batch axis of the first told."""
 
     forward: Graph
+    other: Graph
     result: Microbatched
 
 
@@ -88,10 +91,10 @@ class StepBuilder:
             CaptureError: the model or loss cannot be captured.
             PlanError: nothing fits the devices.
         """
-        sizes: Sequence[int] = microbatch_sizes(batch.size, self.options.microbatches)
+        sizes = list(split_batch(batch.size, min(self.options.microbatches, batch.size)))
         analysis = self._analyse(batch, sizes) if len(sizes) > 1 else None
         if analysis is None or not (analysis.result.exact or self.options.force):
-            sizes = (batch.size,)
+            sizes = [batch.size]
             rewritten = {batch.size: whole_batch(self._forward(batch, batch.size), batch)}
         else:
             rewritten = {size: self._rewritten(batch, size, analysis) for size in dict.fromkeys(sizes)}
@@ -114,16 +117,21 @@ class StepBuilder:
         return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held)
 
     def _analyse(self, batch: Batch, sizes: Sequence[int]) -> _Analysis:
-        """Whether the batch can be cut, from captures at two sizes."""
-        forward, other = self._forward(batch, sizes[0]), self._forward(batch, sizes[0] + 1)
-        names = batch.batched_names
-        return _Analysis(forward, microbatched(forward, names, "0", other=other, force=self.options.force))
+        """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
+        size = max(2, sizes[0])
+        forward, other = self._forward(batch, size), self._forward(batch, size + 1)
+        result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
+        return _Analysis(forward, other, result)
 
     def _rewritten(self, batch: Batch, size: int, analysis: _Analysis) -> Microbatched:
         """The forward at one microbatch's size, rewritten so that losses add up."""
         if size == analysis.result.batch:
             return analysis.result
-        return rewrite_like(self._forward(batch, size), analysis.forward, analysis.result)
+        if size == 1:  # captured as another graph, for an axis of size 1 is not broadcast: made from the others
+            forward = at_batch(analysis.forward, analysis.other, batch.batched_names, 1)
+        else:
+            forward = self._forward(batch, size)
+        return rewrite_like(forward, analysis.forward, analysis.result)
 
     def _part(self, batch: Batch, micro: Microbatched, plan: Plan) -> Part:
         wrt = self._wrt(batch, micro.forward)
@@ -153,7 +161,7 @@ class StepBuilder:
         return [port.ref for port in forward.inputs_of("param") if port.target in trainable]
 
     def _forward(self, batch: Batch, size: int) -> Graph:
-        return run(self._capture(batch, size).program, pipeline(SIMPLIFY)).forward
+        return run(self._capture(batch, size).program, pipeline(_SIMPLIFY)).forward
 
     def _capture(self, batch: Batch, size: int) -> Capture:
         modes = tuple(module.training for module in self.model.modules())
@@ -165,14 +173,6 @@ class StepBuilder:
                 raise CaptureError("a training step captures one loss")
             self._captures[key] = captured
         return self._captures[key]
-
-
-def microbatch_sizes(batch: int, count: int) -> tuple[int, ...]:
-    """Sizes of ``count`` microbatches, or of fewer so that each has two samples.
-
-    At one sample, dimensions of the batch and dimensions that broadcast look alike: nothing could be proved.
-    """
-    return split_batch(batch, max(1, min(count, batch // 2)))
 
 
 def whole_batch(forward: Graph, batch: Batch) -> Microbatched:

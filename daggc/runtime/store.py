@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -19,28 +19,41 @@ from daggc.errors import RunError
 Tensors = Mapping[str, torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Versions:
+    """The newest version and the one before it, replaced as one: a reader sees either all or nothing of an update."""
+
+    version: int
+    tensors: Mapping[str, torch.Tensor]
+    previous: Mapping[str, torch.Tensor]
+
+
 class Store:
     """One model's state on one worker."""
 
-    version: int
-    tensors: dict[str, torch.Tensor]
-    previous: dict[str, torch.Tensor] = field(default_factory=dict)
-    poisoned: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, version: int, tensors: Tensors) -> None:
+        self._state = _Versions(version, dict(tensors), dict(tensors))
+        self.poisoned = False
+        self.lock = threading.Lock()
 
-    def __post_init__(self) -> None:
-        self.previous = dict(self.tensors)
+    @property
+    def version(self) -> int:
+        return self._state.version
+
+    @property
+    def refs(self) -> tuple[str, ...]:
+        return tuple(self._state.tensors)
 
     def read(self, ref: str, version: int) -> torch.Tensor:
         """A tensor as of a version. Raises RunError if that version is gone, or the state is poisoned."""
         self._require_sound()
-        if version == self.version:
-            return self.tensors[ref]
+        state = self._state
+        if version == state.version:
+            return state.tensors[ref]
         # Optimizer state is changed in place: only the update itself may read it, at the newest version.
-        if version == self.version - 1 and not ref.startswith("state:"):
-            return self.previous[ref]
-        raise RunError(f"{ref!r} was asked at version {version}, the worker has version {self.version}")
+        if version == state.version - 1 and not ref.startswith("state:"):
+            return state.previous[ref]
+        raise RunError(f"{ref!r} was asked at version {version}, the worker has version {state.version}")
 
     def update(self, version: int, compute: Callable[[], Tensors]) -> None:
         """Make version + 1 by ``compute()``, unless that was done already.
@@ -49,18 +62,17 @@ class Store:
         """
         with self.lock:
             self._require_sound()
-            if self.version == version + 1:
+            state = self._state
+            if state.version == version + 1:
                 return
-            if self.version != version:
-                raise RunError(f"an update of version {version} met version {self.version}")
+            if state.version != version:
+                raise RunError(f"an update of version {version} met version {state.version}")
             try:
                 changed = compute()
             except BaseException:
                 self.poisoned = True  # some of the optimizer's tensors may be new already
                 raise
-            self.previous = dict(self.tensors)
-            self.tensors.update(changed)
-            self.version += 1
+            self._state = _Versions(version + 1, {**state.tensors, **changed}, state.tensors)
 
     def _require_sound(self) -> None:
         if self.poisoned:
@@ -85,11 +97,18 @@ def get(name: str) -> Store:
         raise RunError("the state of this model is not on this worker; restore it from a checkpoint") from None
 
 
-def snapshot(name: str, version: int) -> dict[str, torch.Tensor]:
-    """All tensors of a store, on the CPU. Raises RunError if it is not at that version."""
+def status(name: str) -> int | None:
+    """The version of a store of this process; None if an update of it failed halfway."""
     store = get(name)
     with store.lock:
-        return {ref: store.read(ref, version).cpu() for ref in store.tensors}
+        return None if store.poisoned else store.version
+
+
+def snapshot(name: str, version: int) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a store, on the CPU. Raises RunError if it is not at that version."""
+    store = get(name)
+    with store.lock:  # optimizer state is changed in place
+        return {ref: store.read(ref, version).detach().to("cpu", copy=True) for ref in store.refs}
 
 
 def drop(name: str) -> None:

@@ -24,7 +24,7 @@ class Thunk(DaskMethodsMixin):
         self._emission = emission
         self._key = key
         self._pool = pool
-        self._keep = tuple(keep)  # futures the graph refers to
+        self._keep = tuple(keep)  # futures the graph refers to, the executor whose program it runs
 
     @property
     def key(self) -> str:

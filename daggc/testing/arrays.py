@@ -10,7 +10,7 @@ from daggc.ir.graph import Graph, Value
 from daggc.ir.types import TensorType
 from daggc.ops.opdef import Arg
 
-_NAMED = re.compile(r"(real|positive|unit|nonzero|distinct|bool|small|key|index(\d+))(?:_\d+)?")
+_NAMED = re.compile(r"(real|positive|unit|nonzero|distinct|bool|small|count|key|index(\d+))(?:_\d+)?")
 _KEY_RANGE = 2**31
 
 
@@ -41,6 +41,8 @@ def draw_array(arg: Arg, rng: np.random.Generator) -> np.ndarray:
         numbers = rng.integers(0, int(domain.removeprefix("index:")), type_.shape)
     elif domain == "bool" or type_.dtype == "bool":
         numbers = rng.integers(0, 2, type_.shape)
+    elif domain == "count":
+        numbers = rng.integers(1, 10, type_.shape)
     elif domain == "small" or type_.is_integer:
         numbers = rng.integers(0 if type_.dtype == "u8" else -4, 5, type_.shape)
     elif type_.is_complex:

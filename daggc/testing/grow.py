@@ -18,7 +18,7 @@ from daggc.testing.arrays import distinct_gap, draw_array, port_name
 from daggc.testing.samples import OpSample
 
 _LIMIT = 4.0  # larger numbers are scaled down before they are read again
-_FRESH_ONLY = ("key",)
+_FRESH_ONLY = ("key", "count")  # too particular to be made of other values, or to be read as others
 _MAX_OUTPUTS = 3
 _RECENT = 5
 _MAX_CONCAT = 3  # more copies are made by a broadcast

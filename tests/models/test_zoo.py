@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,29 +16,28 @@ import daggc
 
 MODES = {"train": True, "eval": False}
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
+FAST_IN_F32 = {("gpt2", "train"), ("t5", "eval"), ("resnet", "train"), ("cnn", "train"), ("tied", "train")}
 FAST_ON_WORKERS = {("gpt2", "train"), ("t5", "eval"), ("cnn", "train"), ("custom", "eval"), ("tied", "train")}
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", zoo.ZOO)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_eager_here(name: str, mode: str, dtype: str) -> None:
-    versus_eager(name, MODES[mode], DTYPES[dtype], daggc.compile)
-
-
-def _cross() -> list[Any]:
+def _cross(fast: dict[str, set[tuple[str, str]] | None]) -> list[Any]:
+    """All models, modes and dtypes; those not in ``fast`` (None: all of a dtype) are marked slow."""
     cases = []
-    for name in zoo.ZOO:
-        for mode in MODES:
-            for dtype in DTYPES:
-                fast = (name, mode) in FAST_ON_WORKERS and dtype == "f64"
-                cases.append(pytest.param(name, mode, dtype, marks=() if fast else pytest.mark.slow))
+    for name, mode, dtype in product(zoo.ZOO, MODES, DTYPES):
+        chosen = fast[dtype]
+        marks = () if chosen is None or (name, mode) in chosen else pytest.mark.slow
+        cases.append(pytest.param(name, mode, dtype, marks=marks))
     return cases
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("name", "mode", "dtype"), _cross())
+@pytest.mark.parametrize(("name", "mode", "dtype"), _cross({"f64": None, "f32": FAST_IN_F32}))
+def test_equals_eager_here(name: str, mode: str, dtype: str) -> None:
+    versus_eager(name, MODES[mode], DTYPES[dtype], daggc.compile)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("name", "mode", "dtype"), _cross({"f64": FAST_ON_WORKERS, "f32": set()}))
 def test_equals_eager_on_two_workers(two_workers: Client, name: str, mode: str, dtype: str) -> None:
     compiled = versus_eager(name, MODES[mode], DTYPES[dtype], partial(daggc.compile, client=two_workers))[1]
     shares = compiled.plan.shares()

@@ -175,10 +175,12 @@ class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(16, 32)
-        self.second = nn.Linear(32, 16)
+        self.second = nn.Linear(32, 32)
+        self.third = nn.Linear(32, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(NotItsDerivative.apply(self.first(x)))
+        x = NotItsDerivative.apply(self.first(x))
+        return self.third(NotItsDerivative.apply(self.second(x)))
 
 
 def custom() -> Case:

@@ -387,6 +387,7 @@ def test_complex_numbers(op_sample: OpSample):
 
 # --- special numbers ----------------------------------------------------------------------------------
 
+TORCH_VARIES = {"hardtanh_backward": "at NaN, torch's vectorised and scalar loops differ"}
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1e-15, 1e15, -1e15, 20.0, 800.0)
 
 
@@ -400,6 +401,7 @@ SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -
         and s.op.cost(sample_graph(s).nodes[0]).op_class == "elementwise"
         and len({arg.type.shape for arg in s.sample.inputs}) == 1
         and all(arg.domain != "unit" for arg in s.sample.inputs)
+        and s.op.name not in TORCH_VARIES
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from batches import (
     CLASSES,
     TIME,
     analyse,
+    arrays_for,
     assert_adds_up,
     aten,
     b_emit,
@@ -24,11 +25,12 @@ from hypothesis import given
 
 from daggc.errors import IRError
 from daggc.interp import interpret_graph
+from daggc.ir.attrs import Dense
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Value
 from daggc.ops import REGISTRY
 from daggc.ops.build import broadcast, cast, full, reshape
-from daggc.passes.microbatch import microbatched, rewrite_like
+from daggc.passes.microbatch import at_batch, microbatched, rewrite_like
 from daggc.passes.microbatch.state import Factor, merged, refit
 from daggc.testing import op_samples, random_inputs, sample_graph
 
@@ -179,7 +181,20 @@ def last_tokens(b: Builder, batch: int) -> Value:
     return b_emit(b, "mean", b.emit("sin", b.emit("index", x, sample, place, dims=(0, 1))))
 
 
+def packed_positions(b: Builder, batch: int) -> Value:
+    """Position ids copied for each sample, then read by the sample's number, as masks of packed sequences are."""
+    place = b.emit("iota", start=0, step=1, size=TIME, dtype="i64")
+    places = broadcast(b, place, (batch, TIME))
+    sample = b.emit("iota", start=0, step=1, size=batch, dtype="i64")
+    sample = broadcast(b, reshape(b, sample, (batch, 1)), (batch, TIME))
+    column = broadcast(b, b.emit("flip", place, dims=(0,)), (batch, TIME))
+    weight = cast(b, b.emit("index", places, sample, column, dims=(0, 1)), "f64")
+    x = layer(b, b.input(f64(batch, TIME, CHANNELS), "input", "0"))
+    return b_emit(b, "mean", b.emit("mul", b.emit("sum", x, dims=(2,), keepdim=False), weight))
+
+
 MORE = {
+    packed_positions: ("0",),
     conv_with_frozen_norm: ("0",),
     mean_by_size: ("0",),
     each_by_size: ("0",),
@@ -459,3 +474,46 @@ def test_refit(factor, source, target, wanted):
 def test_merged_joins_neighbours():
     assert merged([Factor(0, 2, 3), Factor(0, 3)]) == (Factor(0, 6),)
     assert merged([Factor(0, 2, 6), Factor(0, 3)]) == (Factor(0, 3), Factor(0, 2, 6))
+
+
+# --- sizes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [mlp, EXACT["class weights"][0], *MORE], ids=lambda body: body.__name__)
+def test_a_graph_at_a_third_size_is_the_one_captured_there(body):
+    build = model(body)
+    inputs = [port.target for port in build(2).inputs_of("input")]
+    for size in (2, 5):
+        assert at_batch(build(4), build(6), inputs, size) == build(size)
+    one = at_batch(build(4), build(6), inputs, 1)
+    arrays = list(arrays_for(one).values())
+    for got, wanted in zip(interpret_graph(one, arrays), interpret_graph(build(1), arrays), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_folded_constants_as_long_as_the_batch():
+    """Positions copied for each sample, and the samples' numbers, folded into constants."""
+
+    def build(batch: int):
+        b = REGISTRY.builder("forward")
+        x = layer(b, b.input(f64(batch, TIME, CHANNELS), "input", "0"))
+        sample = np.broadcast_to(np.arange(batch).reshape(batch, 1), (batch, 2)).astype(np.int64)
+        place = np.broadcast_to(np.array([2, 0], np.int64), (batch, 2))
+        sample, place = (b.emit("constant", value=Dense.of(array)) for array in (sample, place))
+        b.output(b_emit(b, "mean", b.emit("sin", b.emit("index", x, sample, place, dims=(0, 1)))), "output", "0")
+        return b.build()
+
+    assert_adds_up(build, ["0"], 7, (3, 2, 2))
+    assert at_batch(build(4), build(6), ["0"], 5) == build(5)
+    assert at_batch(build(4), build(6), ["0"], 1).nodes[1].output.type.shape == (1, 2)
+
+
+def test_a_constant_that_differs_otherwise_is_named():
+    def body(b: Builder, batch: int) -> Value:
+        numbers = b.emit("constant", value=Dense.of(np.linspace(0, 1, batch)))
+        return b_emit(b, "sum", b.emit("mul", b.emit("sum", rows(b, batch), dims=(1,), keepdim=False), numbers))
+
+    result = analyse(model(body), ["0"], 6, 4)
+    assert result.mixing is not None and result.mixing.op == "constant"
+    with pytest.raises(IRError, match="constant"):
+        at_batch(model(body)(4), model(body)(6), ["0"], 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from html.parser import HTMLParser
 
 import pytest
@@ -65,7 +66,7 @@ def test_page_is_well_formed_and_self_contained(html: str) -> None:
     assert "http" not in html
     assert "@import" not in html
     assert "<!--" not in html
-    assert [data for tag, data in page.texts if tag == "title"][0] == "a <title> & more"
+    assert next(data for tag, data in page.texts if tag == "title") == "a <title> & more"
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1  # a task's name is not one
 
 
@@ -93,7 +94,7 @@ def test_bars_of_one_row_do_not_overlap(html: str) -> None:
         rows.setdefault((str(rect["y"]), index < len(PREDICTED)), []).append((x, x + width))
     for spans in rows.values():
         spans.sort()
-        assert all(end <= start + 0.05 for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start + 0.05 for (_, end), (start, _) in itertools.pairwise(spans))
     assert {rect["fill"] for rect in rects} <= set(PHASES.values())
 
 
@@ -123,3 +124,8 @@ def test_shares_and_times() -> None:
     assert makespan(PREDICTED) == 4.0
     assert busy_share(PREDICTED, "cpu:0") == 0.5  # the transfer runs beside a task
     assert [seconds_text(t) for t in (0, 2.5e-8, 3e-5, 0.0125, 12)] == ["0", "25 ns", "30 µs", "12.5 ms", "12 s"]
+
+
+def test_phase_is_read_from_a_tasks_name() -> None:
+    names = ("stage3.weight_grad", "send", "odd")
+    assert [Span.of_task(name, "cpu:0", 0, 1).phase for name in names] == ["weight_grad", "transfer", "odd"]

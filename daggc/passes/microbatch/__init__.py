@@ -6,7 +6,8 @@ the losses of all microbatches add up to the loss of the whole batch; the gradie
 differentiation is linear. If an op mixes samples (batch norm in training), it is named.
 """
 
+from daggc.passes.microbatch.resize import at_batch
 from daggc.passes.microbatch.rewrite import Microbatched, microbatched, rewrite_like
 from daggc.passes.microbatch.state import Edit, Mixing
 
-__all__ = ["Edit", "Microbatched", "Mixing", "microbatched", "rewrite_like"]
+__all__ = ["Edit", "Microbatched", "Mixing", "at_batch", "microbatched", "rewrite_like"]

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from daggc.ir.attrs import Attr, format_attr
 from daggc.ir.graph import Graph, Node, Value
 from daggc.ops import REGISTRY
 from daggc.ops.opdef import Axes
-from daggc.passes.microbatch.sizes import Sizes
+from daggc.passes.microbatch.sizes import Sizes, counting_axis
 from daggc.passes.microbatch.state import (
     Edit,
     Factor,
@@ -105,7 +106,7 @@ class Follower:
         growth = -growth if node.op == "div_scalar" else growth
         scalable = node.op in ("mul_scalar", "div_scalar", "full") and node.output.type.is_float
         if not growth or not scalable:
-            names = ", ".join(f"{name}={pair[0]!r}" for name, pair in changed.items())
+            names = ", ".join(f"{name}={_short(pair[0])}" for name, pair in changed.items())
             return self._mix(node, f"its attributes ({names}) change with the batch size")
         (state,) = results
         if growth == -1 and state.kind == "sum":
@@ -135,7 +136,7 @@ class Follower:
         if node.op == "slice" and node.output.type == node.inputs[0].type:
             return states
         if node.op == "index":
-            chosen = _index_samples(node, states)
+            chosen = _index_samples(node, states) or _index_copies(node, states)
             if chosen is not None:
                 return [chosen]
         return self._by_axes(node, states)
@@ -327,12 +328,20 @@ def _uniform(
     return merged(result)
 
 
+def _short(value: Attr) -> str:
+    text = format_attr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def _from_nothing(node: Node) -> State:
     type_ = node.output.type
     if node.op == "full":
         return State("invariant", True, whole_axes(type_.shape))
     if node.op == "constant":
-        return State("invariant", True, uniform_axes(node.attrs["value"].numpy()))
+        array = node.attrs["value"].numpy()
+        axis = counting_axis(array)
+        position = None if axis is None else Factor(axis, array.shape[axis])
+        return State("invariant", True, uniform_axes(array), position=position)
     counts = node.op == "iota" and node.attrs["start"] == 0 and node.attrs["step"] == 1 and type_.is_integer
     return State("invariant", True, position=Factor(0, type_.shape[0]) if counts else None)
 
@@ -379,8 +388,30 @@ def _index_samples(node: Node, states: Sequence[State]) -> State | None:
     aligned = all(s.batch == position if s.batch is not None else s.uniform_along(position) for s in others)
     if not aligned or any(s.kind not in ("batched", "invariant") for s in others):
         return None
-    place = dims[0] if list(dims) == list(range(dims[0], dims[0] + len(dims))) else 0
-    return batched(position.moved(place + position.axis), all(state.known for state in states))
+    return batched(position.moved(_index_place(dims) + position.axis), all(state.known for state in states))
+
+
+def _index_copies(node: Node, states: Sequence[State]) -> State | None:
+    """An index of an axis along which nothing changes does not matter, even one that counts samples."""
+    x, *indices = states
+    dims, shape = node.attrs["dims"], node.inputs[0].type.shape
+    free = [dim for dim in dims if x.uniform_along(Factor(dim, shape[dim]))]
+    chosen = [state for dim, state in zip(dims, indices, strict=True) if dim not in free]
+    if not free or any(state.kind != "invariant" for state in (x, *chosen)):
+        return None
+    index_shape, place = node.inputs[1].type.shape, _index_place(dims)
+    shared = list(chosen[0].uniform if chosen else whole_axes(index_shape))
+    shared = [f for f in shared if all(state.uniform_along(f) for state in chosen)]
+    kept = [axis for axis in range(len(shape)) if axis not in dims]
+    moves = {axis: at if at < place else at + len(index_shape) for at, axis in enumerate(kept)}
+    uniform = [f.moved(moves[f.axis]) for f in x.uniform if f.axis in moves]
+    uniform += [f.moved(place + f.axis) for f in shared]
+    return State("invariant", all(state.known for state in (x, *chosen)), merged(uniform))
+
+
+def _index_place(dims: Sequence[int]) -> int:
+    """Where the axes of the index go: in place of the indexed axes if those are neighbours, else first."""
+    return dims[0] if list(dims) == list(range(dims[0], dims[0] + len(dims))) else 0
 
 
 def _keeps_sums(node: Node) -> bool:

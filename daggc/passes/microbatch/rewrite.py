@@ -36,6 +36,8 @@ class Microbatched:
         batch: samples in the microbatch.
         edits: the changes, by position of nodes of the forward that was analysed.
         loss: target of the ``output`` port of the loss.
+        scales_loss: whether the loss is a mean over the batch, so that it is multiplied by ``fraction``.
+        batched_inputs: as given.
     """
 
     forward: Graph

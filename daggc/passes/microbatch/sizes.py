@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from daggc.ir.attrs import Attr
 from daggc.ir.graph import Graph, Node
 from daggc.passes.microbatch.state import Mixing
@@ -104,11 +106,37 @@ def _changed(node: Node, twin: Node) -> dict[str, tuple[Attr, Attr]]:
     expected: Sequence[str] = ("shape",) if node.op in _RANDOM else _SHAPES.get(node.op, ())
     if node.op == "slice" and _whole_slice(node) and _whole_slice(twin):
         expected = ("end",)
+    if node.op == "constant" and same_constant(node.attrs["value"].numpy(), twin.attrs["value"].numpy()):
+        expected = ("value",)
     return {
         name: (value, twin.attrs[name])
         for name, value in node.attrs.items()
         if name not in expected and str(value) != str(twin.attrs[name])
     }
+
+
+def same_constant(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays are one but for the length of axes along which both are copies, or count from 0."""
+    if first.ndim != second.ndim:
+        return False
+    if counting_axis(first) is not None and counting_axis(first) == counting_axis(second):
+        return True
+    axes = [axis for axis in range(first.ndim) if first.shape[axis] != second.shape[axis]]
+    if any(not (array == array.take([0], axis)).all() for axis in axes for array in (first, second)):
+        return False
+    shared = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(first.ndim))
+    return np.array_equal(first[shared], second[shared])
+
+
+def counting_axis(array: np.ndarray) -> int | None:
+    """The axis along which an array of integers is the index itself, if it changes along no other."""
+    if array.dtype.kind != "i":
+        return None
+    for axis, size in enumerate(array.shape):
+        index = np.arange(size).reshape(tuple(size if own == axis else 1 for own in range(array.ndim)))
+        if size > 1 and (array == index).all():
+            return axis
+    return None
 
 
 def _whole_slice(node: Node) -> bool:

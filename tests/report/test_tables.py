@@ -26,7 +26,14 @@ graph @forward(
 
 @pytest.mark.parametrize(
     ("number", "unit", "text"),
-    [(0, "", "0"), (1, "B", "1 B"), (999, "B", "999 B"), (12345, "", "12.3 k"), (1e6, "B", "1 MB"), (2.5e20, "", "2.5e+05 P")],
+    [
+        (0, "", "0"),
+        (1, "B", "1 B"),
+        (999, "B", "999 B"),
+        (12345, "", "12.3 k"),
+        (1e6, "B", "1 MB"),
+        (2.5e20, "", "2.5e+05 P"),
+    ],
 )
 def test_quantity(number: float, unit: str, text: str) -> None:
     assert quantity(number, unit) == text
