@@ -199,6 +199,57 @@ def explain(model: str, devices: str) -> None:
     click.echo(str(made.explain()).rstrip("\n"))
 
 
+@main.command()
+@click.argument("model")
+@click.option("--steps", default=100, show_default=True, help="In all, those before a checkpoint included.")
+@click.option("--batches", help="file.py:function giving an iterable of batches; by default MODEL's arguments again.")
+@click.option("--loss", help="file.py:function(output, target); by default the model gives its own loss.")
+@click.option("--optimizer", type=click.Choice(("adamw", "adam", "sgd")), default="adamw", show_default=True)
+@click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--microbatches", default=1, show_default=True)
+@click.option("--schedule", type=click.Choice(("1f1b", "gpipe")), default="1f1b", show_default=True)
+@click.option("--clip", type=float, help="Largest global norm of the gradients.")
+@click.option("--workers", default=0, show_default=True, help="Start this many worker processes; 0: this process.")
+@click.option("--scheduler", help="Address of a running Dask scheduler, instead of --workers.")
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write a checkpoint here.")
+@click.option("--every", default=0, show_default=True, help="Write it every so many steps too.")
+@click.option("--resume", type=click.Path(dir_okay=False, path_type=Path), help="Go on from a checkpoint.")
+@click.option("--seed", default=0, show_default=True, help="Of random ops.")
+@click.option("--explain", "explained", is_flag=True, help="Print the plan and its reasons first.")
+def train(
+    model: str,
+    batches: str | None,
+    loss: str | None,
+    workers: int,
+    scheduler: str | None,
+    explained: bool,
+    **given: Any,
+) -> None:
+    """Train MODEL on the workers of a Dask cluster, or in this process; prints each step's loss.
+
+    A batch is a tuple of the model's arguments and, with --loss, the target; or a dict of keywords.
+    """
+    from daggc.runtime.fit import FitOptions, fit  # torch and dask, where they are asked for
+    from daggc.runtime.local_workers import workers_for
+
+    made = stages.call_factory(model)
+    module, example = stages.model_and_batch(made, model)
+    loss_fn = stages.find_callable(loss) if loss else None
+    source = stages.find_callable(batches) if batches else lambda: [example]
+    options = FitOptions(rate=given.pop("lr"), max_grad_norm=given.pop("clip"), **given)
+    shown = not explained
+
+    def report(number: int, value: float, step: Any) -> None:
+        nonlocal shown
+        if not shown:
+            click.echo(step.explain().rstrip("\n"))
+            shown = True
+        click.echo(f"step {number} loss {value:.6g}")
+
+    with workers_for(workers, scheduler) as client:
+        fit(module, loss_fn, source, options, client, report)
+
+
 def _show(table: RenderableType) -> None:
     """Print a table: as wide as the terminal, or 120 columns into a file."""
     console = Console()

@@ -46,6 +46,7 @@ DASK = ("daggc/backend/dask_graph.py", "daggc/backend/serializers.py", "daggc/ru
 # Imports inside functions, and why they stand there.
 LATE = {
     "daggc/__init__.py": "names are resolved when first used",
+    "daggc/cli.py": "only the command that trains needs torch and dask",
     "daggc/plan/__init__.py": "the package is also a function, which runs once its modules exist",
     "daggc/report/running.py": "programs run in NumPy where torch is not installed",
     "daggc/report/stages.py": "programs are read where torch is not installed",

@@ -17,16 +17,17 @@ find_python() {
   return 1
 }
 
-# use_env EXTRAS: activate .venv with the project and these extras, installing what has changed.
+# use_env [EXTRAS]: activate .venv with the project and these extras, installing what has changed.
 use_env() {
-  local stamp=".venv/installed-$1"
+  local extras="${1:-}"
+  local stamp=".venv/installed-${extras:-base}"
   if [ ! -x .venv/bin/python ]; then
     echo "making an environment in .venv" >&2
     "$(find_python)" -m venv .venv
   fi
   if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ tools/constraints.txt -nt "$stamp" ]; then
     echo "installing daggc and what it needs (about two minutes, once)" >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e ".${extras:+[$extras]}"
     touch "$stamp"
   fi
   export PATH="$root/.venv/bin:$PATH"

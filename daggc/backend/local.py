@@ -10,9 +10,10 @@ from daggc.backend.codegen import compile_graph
 from daggc.ir.graph import Graph, Node, Program
 
 Tensors = Sequence[torch.Tensor]
+Device = torch.device | str
 
 
-def run_graph(program: Program, graph: Graph, tensors: Tensors, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+def run_graph(program: Program, graph: Graph, tensors: Tensors, device: Device = "cpu") -> tuple[torch.Tensor, ...]:
     """Run one graph of a program on tensors in the order of its inputs.
 
     A placed graph (of ``call`` and ``transfer`` nodes) runs here as it would on workers, one call after the
@@ -26,7 +27,7 @@ def run_graph(program: Program, graph: Graph, tensors: Tensors, device: str = "c
 
 
 def run_calls(
-    program: Program, nodes: Sequence[Node], values: dict[str, torch.Tensor], wanted: Collection[str], device: str
+    program: Program, nodes: Sequence[Node], values: dict[str, torch.Tensor], wanted: Collection[str], device: Device
 ) -> None:
     """Run ``call`` and ``transfer`` nodes one after the other.
 

@@ -15,8 +15,6 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
-from daggc.errors import RunError
-
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -28,9 +26,9 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 @dask_serialize.register((torch.Tensor, torch.nn.Parameter))
 def serialize_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], list[memoryview]]:
-    """Header and bytes. Raises RunError for tensors that have no plain bytes (sparse, meta, quantized)."""
+    """Header and bytes. Tensors that have no plain bytes (sparse, meta, quantized) are left to pickle."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise RunError(f"a {tensor.layout} tensor on {tensor.device} cannot travel between workers; make it dense")
+        raise NotImplementedError  # Dask tries its next way; with any other error the transfer would hang
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     memory_format = _FORMATS.get(plain.dim(), torch.contiguous_format)
     channels_last = memory_format is not torch.contiguous_format and not plain.is_contiguous()

@@ -33,5 +33,8 @@ def ir_dtype(dtype: torch.dtype) -> str:
 
 
 def ir_type(tensor: torch.Tensor) -> TensorType:
-    """The IR type of a tensor (fake tensors too), without a device."""
+    """The IR type of a tensor (fake tensors too), without a device. Raises CaptureError if the IR cannot hold it."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else tensor.layout
+        raise CaptureError(f"a {kind} tensor of shape {list(tensor.shape)}: daggc holds dense tensors; make it dense")
     return TensorType(ir_dtype(tensor.dtype), tuple(int(size) for size in tensor.shape))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from daggc.errors import CaptureError, DaggcError, located
+from daggc.frontend.dtypes import ir_type
 from daggc.frontend.fx_import import import_exported, is_user_file, short_source
 from daggc.frontend.gradient_stops import mark_gradient_stops
 from daggc.frontend.opaque import recording
@@ -82,6 +83,8 @@ def capture(
         raise CaptureError(f"a model is a torch.nn.Module, got a {type(model).__name__}")
     _refuse_hooks(model)
     leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
+    for leaf in leaves:
+        ir_type(leaf)  # refuses what the IR cannot hold
     results: list[Spec] = []
     flat = _Flat(model, call, in_spec, results.append)
     with _explained(model), recording(), warnings.catch_warnings(), torch.enable_grad():
@@ -164,13 +167,13 @@ def _explain(wrong: Exception) -> str:
 
 
 def _user_frame(wrong: BaseException, model: nn.Module) -> tuple[str, str]:
-    """Module path and source line of the innermost frame that is the user's."""
+    """The path of the innermost module (torch's own too), and the innermost source line that is the user's."""
     paths = {id(module): path for path, module in model.named_modules()}
     path = source = ""
     for frame, line in traceback.walk_tb(wrong.__traceback__):
         filename = frame.f_code.co_filename
         if is_user_file(filename):
             source = short_source(filename, line)
-            names = frame.f_code.co_varnames  # the first parameter of a method is its module
-            path = paths.get(id(frame.f_locals.get(names[0] if names else "")), path)
+        names = frame.f_code.co_varnames  # the first parameter of a method is its module
+        path = paths.get(id(frame.f_locals.get(names[0] if names else "")), path)
     return path, source

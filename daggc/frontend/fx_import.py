@@ -178,6 +178,8 @@ class _Importer:
             raise CaptureError(
                 located(f"{target} is random or writes to its inputs, and daggc has no op for it", *provenance(node))
             )
+        if target is torch.ops.aten.embedding.default and len(node.args) > 4 and node.args[4]:
+            raise CaptureError(located("an embedding has sparse=True; daggc's gradients are dense", *provenance(node)))
         tensors: list[Value] = []
         positional = [self.encode(arg, tensors) for arg in node.args]
         named = [[key, self.encode(arg, tensors)] for key, arg in node.kwargs.items() if key not in _PLACEMENT]

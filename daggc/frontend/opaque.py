@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -170,15 +170,23 @@ def call_registered(target: str, spec: Sequence[Any], tensors: Sequence[torch.Te
     return function(*decode(positional, tensors), **{key: decode(value, tensors) for key, value in named})
 
 
+def _numbers_from_data_are_its_own_affair(inputs: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
+    """What ``.item()`` gives inside an opaque function does not concern the graph around it."""
+    mode = next((mode for x in inputs if (mode := getattr(x, "fake_mode", None)) is not None), None)
+    shape_env = getattr(mode, "shape_env", None)
+    return nullcontext() if shape_env is None else shape_env.ignore_fresh_unbacked_symbols()
+
+
 @torch.library.register_fake("daggc::python_call", lib=_library)
 def _fake(target: str, args: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Output types, by calling the function on fake tensors, with the interception lifted."""
     try:
-        with _set_capturing(False):
+        with _set_capturing(False), _numbers_from_data_are_its_own_affair(inputs):
             results = call_registered(target, json.loads(args), inputs, rule=True)
     except (RuntimeError, TypeError, ValueError) as wrong:
+        why = (str(wrong).splitlines() or [type(wrong).__name__])[0]
         raise CaptureError(
-            f"{target} cannot be called on tensors without data to learn its output shapes ({wrong}); "
+            f"{target} cannot be called on tensors without data to learn its output shapes ({why}); "
             "give them with @daggc.opaque(out=lambda *args: ...)"
         ) from wrong
     _gives_tuple[target, args] = not isinstance(results, torch.Tensor)

@@ -80,6 +80,22 @@ def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
         A graph with a ``cotangent`` input for each output that depends on ``wrt`` and, beside forward's
         outputs, a ``grad`` output for each port of ``wrt`` that reaches an output.
     """
+    return _differentiate(forward, wrt)[0]
+
+
+def counterparts(forward: Graph, wrt: Iterable[str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """Which ports belong together in ``differentiate(forward, wrt)``.
+
+    Names do not tell in higher derivatives: ``cotangent:grad:param:w'`` may belong to ``grad:param:w`` or to
+    ``grad:param:w'``.
+
+    Returns:
+        Ref of each new cotangent -> ref of its output; ref of each new gradient -> ref of its input.
+    """
+    return _differentiate(forward, wrt)[1:]
+
+
+def _differentiate(forward: Graph, wrt: Iterable[str] | None) -> tuple[Graph, dict[str, str], dict[str, str]]:
     b = REGISTRY.builder(forward.name)
     b.reserve(value.name for value in forward.values())
     values = {port.value.name: b.adopt(port) for port in forward.inputs}
@@ -92,9 +108,12 @@ def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
     active = _active_values(nodes, {port.value.name for port in chosen})
     cotangents: dict[str, Value] = {}
     refs = {port.ref for port in forward.inputs}
+    output_of: dict[str, str] = {}
+    input_of: dict[str, str] = {}
     for port in forward.outputs:
         if port.kind in DIFFERENTIATED_OUTPUTS and port.value.name in active:
             target = _unused(refs, "cotangent", port.ref)
+            output_of[f"cotangent:{target}"] = port.ref
             ct = b.input(port.value.type, "cotangent", target, name=f"ct_{port.value.name}")
             _accumulate(b, cotangents, port.value, ct)
     _reverse(b, nodes, cotangents, active)
@@ -103,8 +122,10 @@ def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
     taken = {port.ref for port in forward.outputs}
     for port in chosen:
         if port.value.name in cotangents:
-            b.output(cotangents[port.value.name], "grad", _unused(taken, "grad", port.ref))
-    return b.build()
+            target = _unused(taken, "grad", port.ref)
+            input_of[f"grad:{target}"] = port.ref
+            b.output(cotangents[port.value.name], "grad", target)
+    return b.build(), output_of, input_of
 
 
 def _chosen(forward: Graph, wrt: Iterable[str] | None) -> list[Port]:

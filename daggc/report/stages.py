@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,24 +79,47 @@ def capture_source(made: Sequence[Any], name: str = "the model") -> Source:
     return Source(captured.program, weights)
 
 
+def model_and_batch(made: Any, name: str = "the model") -> tuple[Any, Any]:
+    """What a factory gave as the model and a batch: a tuple of arguments, or a dict of keywords."""
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise CaptureError(f"{name} must give (model, args) or (model, args, kwargs), it gave a {type(made).__name__}")
+    model, args, kwargs = (*made, {})[:3]
+    if args and kwargs:
+        raise CaptureError(f"{name}: a batch is a tuple of arguments or a dict of keywords, not both; give --batches")
+    return model, dict(kwargs) if kwargs else tuple(args)
+
+
 def call_factory(name: str) -> Any:
     """Import the module that ``where:factory`` names and call the factory.
 
     Raises CaptureError if there is no such thing, or naming the user's line where it failed.
     """
+    factory = find_callable(name)
+    with _naming(name):
+        return factory()
+
+
+def find_callable(name: str) -> Callable[..., Any]:
+    """The callable that ``where:attribute`` names, its module imported. Raises CaptureError as call_factory does."""
     where, colon, attribute = name.rpartition(":")
     if not colon or not where:
         raise CaptureError(
-            "a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; "
-            f"got {name!r}"
+            f"a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; got {name!r}"
         )
-    try:
+    with _naming(name):
         module = _import(where)
-        factory = getattr(module, attribute, None)
-        if not callable(factory):
-            known = ", ".join(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
-            raise CaptureError(f"{where} has no callable {attribute!r}; it has {known or 'none'}")
-        return factory()
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
+        raise CaptureError(f"{where} has no callable {attribute!r}; it has {known or 'none'}")
+    return found
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turn what the user's code raises into a CaptureError that names their line."""
+    try:
+        yield
     except DaggcError:
         raise
     except Exception as wrong:

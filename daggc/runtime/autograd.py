@@ -10,7 +10,7 @@ import torch
 
 from daggc.frontend.dtypes import TO_TORCH
 from daggc.ir.graph import Program
-from daggc.passes.vjp import joined
+from daggc.passes.vjp import counterparts, joined, vjp
 from daggc.runtime.executor import Executor
 
 # (program with @forward only, refs to differentiate with respect to: none for inference, None for all) -> executor
@@ -23,19 +23,25 @@ class Differentiable:
     def __init__(self, primal: Program, wrt: Sequence[str] | None, make_executor: MakeExecutor) -> None:
         self.executor = make_executor(primal, wrt)
         self.program = program = self.executor.program
-        self._make_executor = make_executor
+        self._primal, self._wrt, self._make_executor = primal, wrt, make_executor
         self.outputs = primal.forward.outputs
         inputs = {port.ref: place for place, port in enumerate(primal.forward.inputs)}
         outputs = {port.ref: place for place, port in enumerate(self.outputs)}
         # Each new cotangent belongs to an output, each gradient to an input of forward.
         new = [port for port in program.backward.inputs_of("cotangent") if port.ref not in inputs]
-        self.cotangents = tuple((outputs[port.target.rstrip("'")], port.value.type) for port in new)
-        self.gradient_places = tuple(inputs[port.target.rstrip("'")] for port in program.backward.outputs)
+        grads = program.backward.outputs
+        if primal.forward.inputs_of("cotangent"):
+            output_of, input_of = counterparts(primal.forward, wrt)
+        else:  # a first derivative: ports are named after what they belong to
+            output_of = {port.ref: port.target for port in new}
+            input_of = {port.ref: port.target for port in grads}
+        self.cotangents = tuple((outputs[output_of[port.ref]], port.value.type) for port in new)
+        self.gradient_places = tuple(inputs[input_of[port.ref]] for port in grads)
 
     @cached_property
     def derivative(self) -> Differentiable:
         """The program whose forward computes this one's outputs and gradients."""
-        return Differentiable(joined(self.program), None, self._make_executor)
+        return Differentiable(joined(vjp(self._primal, self._wrt)), None, self._make_executor)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs in the order of ``self.outputs``; gradients flow to the inputs."""

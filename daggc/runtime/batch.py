@@ -56,12 +56,14 @@ class Batch:
 def read_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
     """Take a batch apart: every tensor whose axis 0 is as long as the first tensor's is cut along it.
 
-    Raises RunError if there is no tensor with an axis to cut.
+    Raises RunError if there is no tensor with an axis to cut, or no sample.
     """
     leaves, spec = flatten((tuple(args), dict(kwargs)))
     sizes = [leaf.shape[0] for leaf in leaves if leaf.dim()]
     if not sizes:
         raise RunError("a batch has at least one tensor with a batch axis (axis 0)")
+    if not sizes[0]:
+        raise RunError("a batch without samples cannot be trained on: axis 0 of its first tensor has size 0")
     batched = tuple(leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves)
     detached = tuple(leaf.detach() for leaf in leaves)
     return Batch(detached, spec, tuple(input_names(spec.tree)), sizes[0], batched)

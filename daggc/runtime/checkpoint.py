@@ -31,6 +31,25 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any]
 
+    def check(self, path: str | Path, own: Mapping[str, torch.Tensor], groups: int) -> None:
+        """Raises RunError if this is not of a training that has these tensors and so many parameter groups."""
+        wrong = f"{path} is a checkpoint of another model or optimizer: "
+        for ref in sorted({*own, *self.tensors}):
+            mine, its = own.get(ref), self.tensors.get(ref)
+            if mine is None or its is None:
+                raise RunError(f"{wrong}{ref!r} is {'not in it' if its is None else 'in it alone'}")
+            if (mine.dtype, mine.shape) != (its.dtype, its.shape):
+                raise RunError(f"{wrong}{ref!r} is {_described(its)} there, {_described(mine)} here")
+        if len(self.meta["learning_rates"]) != groups:
+            raise RunError(f"{wrong}it has {len(self.meta['learning_rates'])} parameter groups, not {groups}")
+
+
+_META = {"steps": int, "seed": int, "learning_rates": list, "updates": dict}
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a file whole or not at all: it is made beside its place and moved there."""
@@ -54,7 +73,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             meta = file.metadata() or {}
             if meta.get("daggc.checkpoint") != _FORMAT:
                 raise RunError(f"{path} is no checkpoint of this version of daggc")
-            refs = list(file.keys())
-            return Checkpoint({ref: file.get_tensor(ref) for ref in refs}, json.loads(meta["meta"]))
+            plain = json.loads(meta["meta"])
+            if not isinstance(plain, dict) or any(not isinstance(plain.get(key), of) for key, of in _META.items()):
+                raise RunError(f"{path} is no checkpoint of this version of daggc: its metadata are not those")
+            return Checkpoint({ref: file.get_tensor(ref) for ref in list(file.keys())}, plain)
     except (OSError, SafetensorError, ValueError, KeyError) as wrong:
         raise RunError(f"cannot read a checkpoint from {path}: {wrong}") from wrong

@@ -18,11 +18,13 @@ import torch
 from distributed import Future
 
 from daggc.backend.dask_graph import Emission, Found, Source, add_collection, add_data, emit
+from daggc.errors import WorkerLostError
 from daggc.frontend.opaque import registered
-from daggc.ir.graph import Program
+from daggc.ir.graph import Port, Program
 from daggc.ir.printer import print_program
 from daggc.plan.device import cluster_of, cpu_device
 from daggc.plan.plan import Plan, plan_model
+from daggc.runtime.devices import device_of
 from daggc.runtime.executor import Tensors, places_of_reads
 from daggc.runtime.pool import Pool
 from daggc.runtime.worker import know, run_task, unknow
@@ -96,7 +98,7 @@ class _Stamp:
 def checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's elements (about 6 GB/s)."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(plain.view(torch.uint8).numpy()) if plain.numel() else 0
+    return zlib.crc32(plain.view(torch.uint8).numpy().data) if plain.numel() else 0
 
 
 class DaskExecutor:
@@ -111,6 +113,7 @@ class DaskExecutor:
         self.key = program_key(self.program)
         self._reads = () if inference else places_of_reads(self.program)
         self._shipped: dict[str, _Shipped] = {}
+        self._copies: dict[str, tuple[_Stamp, torch.Tensor]] = {}
         if pool is None:
             know(self.key, self.program)
             weakref.finalize(self, unknow, self.key)
@@ -126,9 +129,14 @@ class DaskExecutor:
         kept = [key for key in emission.tasks if key in emission.calls or key.startswith("daggc.in-")]
         collectors = sorted({found.key for found in wanted.values()})
         futures = self.pool.submit(emission, [*collectors, *kept])
-        results = dict(zip(collectors, self.pool.gather(futures[: len(collectors)]), strict=True))
+        try:
+            results = dict(zip(collectors, self.pool.gather(futures[: len(collectors)]), strict=True))
+        except BaseException:
+            self.pool.cancel(futures)  # a traceback may hold them; nothing shall go on
+            raise
         ports = [port for port in self.program.forward.outputs if port.kind != "residual"]
-        outputs = tuple(_of(results, wanted[port.ref]) for port in ports)
+        device = device_of(inputs)
+        outputs = tuple(_of(results, wanted[port.ref]).to(device) for port in ports)
         kept_futures = [*futures[len(collectors) :], *self.held_futures()]
         return outputs, Residuals(sources | emission.outputs, kept_futures)
 
@@ -138,11 +146,24 @@ class DaskExecutor:
         emission = self.backward_tasks(residuals.sources, cotangents, token)
         wanted = add_collection(emission, self.program.backward, ("grad",), token)
         collectors = sorted({found.key for found in wanted.values()})
-        results = dict(zip(collectors, self.pool.gather(self.pool.submit(emission, collectors)), strict=True))
-        return tuple(_of(results, wanted[port.ref]) for port in self.program.backward.outputs)
+        futures = self.pool.submit(emission, collectors)
+        try:
+            results = dict(zip(collectors, self.pool.gather(futures), strict=True))
+        except WorkerLostError:
+            self.pool.cancel([*futures, *residuals.futures])  # or Dask would wait for ever to make them again
+            raise
+        except BaseException:
+            self.pool.cancel(futures)
+            raise
+        device = device_of(inputs)
+        return tuple(_of(results, wanted[port.ref]).to(device) for port in self.program.backward.outputs)
 
-    def forward_tasks(self, inputs: Tensors, token: str) -> tuple[Emission, dict[str, Source]]:
-        """The tasks of a forward run, and where its inputs are."""
+    def forward_tasks(self, inputs: Tensors, token: str, freeze: bool = False) -> tuple[Emission, dict[str, Source]]:
+        """The tasks of a forward run, and where its inputs are.
+
+        Args:
+            freeze: the run comes later, and must not see changes of the tensors until then.
+        """
         graph = self.program.forward
         held: dict[str, dict[str, torch.Tensor]] = {}
         data = Emission()
@@ -152,7 +173,8 @@ class DaskExecutor:
             if port.kind in HELD and self.pool is not None:
                 held.setdefault(device, {})[port.ref] = tensor
             else:
-                sources[port.ref] = add_data(data, f"daggc.in-{token}-{len(sources)}", _plain(tensor), device)
+                plain = self._frozen(port, tensor) if freeze else _plain(tensor)
+                sources[port.ref] = add_data(data, f"daggc.in-{token}-{len(sources)}", plain, device)
         for device, tensors in held.items():
             sources |= self._ship(device, tensors)
         return merged(emit(graph, self.key, token, sources, run_task), data), sources
@@ -175,6 +197,15 @@ class DaskExecutor:
     def held_futures(self) -> list[Future]:
         """Futures that a submitted graph refers to: keep them while it may run."""
         return [future for shipped in self._shipped.values() for future in shipped.futures.values()]
+
+    def _frozen(self, port: Port, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy; of the model's own tensors one for each of their versions."""
+        if port.kind not in HELD:
+            return tensor.detach().clone()
+        known = self._copies.get(port.ref)
+        if known is None or not known[0].fits(tensor):
+            known = self._copies[port.ref] = (_Stamp.of(tensor), tensor.detach().clone())
+        return known[1]
 
     def _ship(self, device: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Source]:
         """Send what changed; returns where everything is."""

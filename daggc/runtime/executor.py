@@ -10,6 +10,7 @@ import torch
 from daggc.backend.local import run_graph
 from daggc.ir.graph import Program
 from daggc.passes.vjp import vjp
+from daggc.runtime.devices import device_of
 
 Tensors = Sequence[torch.Tensor]
 
@@ -39,24 +40,23 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs in this process."""
+    """Runs in this process, on the device its inputs are on."""
 
-    def __init__(self, primal: Program, wrt: Sequence[str] | None, device: str = "cpu") -> None:
+    def __init__(self, primal: Program, wrt: Sequence[str] | None) -> None:
         """``wrt``: refs to differentiate with respect to; None for all, empty for inference."""
         inference = wrt is not None and not wrt
         self.program = primal if inference else vjp(primal, wrt)
-        self.device = device
         self._outputs = len(primal.forward.outputs)
         self._reads = () if inference else places_of_reads(self.program)
 
     def forward(self, inputs: Tensors) -> tuple[Tensors, Any]:
-        results = run_graph(self.program, self.program.forward, inputs, self.device)
+        results = run_graph(self.program, self.program.forward, inputs, device_of(inputs))
         return results[: self._outputs], results[self._outputs :]
 
     def backward(self, residuals: Any, inputs: Tensors, cotangents: Tensors) -> Tensors:
         given = iter(cotangents)
         rest = [next(given) if place is None else inputs[place] for place in self._reads]
-        return run_graph(self.program, self.program.backward, [*residuals, *rest], self.device)
+        return run_graph(self.program, self.program.backward, [*residuals, *rest], device_of(inputs))
 
 
 def places_of_reads(program: Program) -> tuple[int | None, ...]:

@@ -13,6 +13,7 @@ from daggc.errors import DifferentiationError, RunError
 from daggc.frontend.dtypes import TO_TORCH, ir_type
 from daggc.frontend.pytree import flatten
 from daggc.ir.graph import Port
+from daggc.ir.tree import Tree
 from daggc.runtime.dask_executor import DaskExecutor, new_token
 from daggc.runtime.thunk import Thunk, join_thunk
 
@@ -29,7 +30,7 @@ def lazy_call(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, 
         entry = module.entry(leaves, spec)
         inputs = module.inputs(entry, leaves)
     executor = _dask_executor(entry)
-    emission, _ = executor.forward_tasks(inputs, new_token())
+    emission, _ = executor.forward_tasks(inputs, new_token(), freeze=True)
     return _result_thunk(entry, executor, emission)
 
 
@@ -43,7 +44,7 @@ def lazy_vjp(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, A
         raise DifferentiationError("no result of the model depends differentiably on its parameters or inputs")
     inputs = module.inputs(entry, leaves)
     executor = _dask_executor(entry)
-    emission, sources = executor.forward_tasks(inputs, new_token())
+    emission, sources = executor.forward_tasks(inputs, new_token(), freeze=True)
     result = _result_thunk(entry, executor, emission)
     return result, partial(_pull_back, entry, executor, emission, sources | emission.outputs, result.keep)
 
@@ -73,10 +74,8 @@ def _pull_back(
 
 def _cotangents(entry: Entry, executor: DaskExecutor, cotangent: Any) -> list[torch.Tensor]:
     """One tensor for each cotangent port, from a structure like the model's result."""
-    leaves = _leaves_with_none(cotangent)
     outputs: list[Port] = list(entry.program.forward.outputs_of("output"))
-    if len(leaves) != len(outputs):
-        raise RunError(f"a cotangent for each of {len(outputs)} results (or None) is required, got {len(leaves)}")
+    leaves = _leaves_like(entry.out_spec.tree, cotangent)
     by_ref = {f"cotangent:{port.ref}": leaf for port, leaf in zip(outputs, leaves, strict=True)}
     forward_refs = {port.ref for port in executor.program.forward.inputs}
     given: list[torch.Tensor] = []
@@ -89,15 +88,40 @@ def _cotangents(entry: Entry, executor: DaskExecutor, cotangent: Any) -> list[to
             leaf = torch.zeros(type_.shape, dtype=TO_TORCH[type_.dtype])
         if ir_type(leaf) != type_:
             raise RunError(f"the cotangent of {port.target!r} must be a {type_}, got a {ir_type(leaf)}")
-        given.append(leaf)
+        given.append(leaf.detach().clone())
     return given
 
 
-def _leaves_with_none(value: Any) -> list[torch.Tensor | None]:
-    if value is None or isinstance(value, torch.Tensor):
+def _leaves_like(tree: Tree, value: Any, path: str = "") -> list[torch.Tensor | None]:
+    """The leaves of a cotangent, of the structure of the model's result; None stands for any part of it."""
+    if value is None or tree.kind == "const":
+        return [None] * tree.leaves
+    where = f" at {path}" if path else ""
+    if tree.kind == "leaf":
+        if not isinstance(value, torch.Tensor):
+            raise RunError(f"a cotangent{where} is a tensor or None, got a {type(value).__name__}")
         return [value]
-    items = value.values() if isinstance(value, Mapping) else value
-    return [leaf for item in items for leaf in _leaves_with_none(item)]
+    if isinstance(value, torch.Tensor):
+        raise RunError(f"the result{where} is a {tree.kind} of {len(tree.children)}: its cotangent is one too, or None")
+    if isinstance(value, Mapping):
+        named = {str(key): item for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        named = dict(zip(_keys(tree), value, strict=False))
+        if len(value) != len(tree.children):
+            raise RunError(f"the cotangent{where} needs {len(tree.children)} parts as the result has, got {len(value)}")
+    else:
+        named = vars(value)
+    unknown = set(named) - set(_keys(tree)) if isinstance(value, Mapping) else None
+    if unknown:
+        raise RunError(f"the result{where} has no {', '.join(sorted(unknown))}; it has {', '.join(_keys(tree))}")
+    leaves: list[torch.Tensor | None] = []
+    for key, child in zip(_keys(tree), tree.children, strict=True):
+        leaves += _leaves_like(child, named.get(key), f"{path}.{key}" if path else key)
+    return leaves
+
+
+def _keys(tree: Tree) -> tuple[str, ...]:
+    return tree.keys or tuple(map(str, range(len(tree.children))))
 
 
 def _result_thunk(entry: Entry, executor: DaskExecutor, emission: Emission) -> Thunk:

@@ -57,7 +57,7 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
         raise RunError(f"workers and threads are at least 1, got {count} and {threads}")
     with dask.config.set(dask_settings(threads)):
         cluster = LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=0
         )
         with cluster, Client(cluster, timeout=60) as client:
             try:
@@ -65,3 +65,26 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
             except TimeoutError as wrong:
                 raise RunError(f"{count} worker processes did not start within a minute") from wrong
             yield client
+
+
+@contextmanager
+def workers_for(count: int = 0, scheduler: str | None = None) -> Iterator[Client | None]:
+    """The client that a command was asked to use: of a scheduler's address, of ``count`` new processes, or none.
+
+    Raises:
+        RunError: both were asked for, or the scheduler does not answer.
+    """
+    if scheduler and count:
+        raise RunError("either connect to a scheduler or start workers, not both")
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout=30)
+        except (OSError, TimeoutError, ValueError) as wrong:
+            raise RunError(f"no Dask scheduler answers at {scheduler}: {wrong}") from wrong
+        with client:
+            yield client
+    elif count:
+        with local_workers(count) as client:
+            yield client
+    else:
+        yield None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from daggc.errors import CaptureError
+from daggc.errors import CaptureError, RunError
 from daggc.frontend.export import Capture, capture
 from daggc.frontend.pytree import Spec, flatten
 from daggc.ir.graph import Port, Program
@@ -53,8 +54,9 @@ class CompiledModule(nn.Module):
 
     It shares parameters, buffers and submodules with the model, so ``parameters()``, ``state_dict()``,
     ``to()`` and any ``torch.optim`` see the model's own. It is captured at its first call, and again for each
-    new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode of each
-    module, which parameters require gradients. The 16 used last are kept.
+    new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode and plain
+    attributes (numbers, flags) of each module, which parameters require gradients. The 16 used last are kept.
+    What a model reads elsewhere (a config object, a global) is as it was at capture.
     """
 
     model: nn.Module
@@ -72,6 +74,22 @@ class CompiledModule(nn.Module):
         self.pool = pool
         self._make_executor = make_executor
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the model itself (``config``, say) are found here too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """A copy of the model, compiled for the same place, nothing captured yet."""
+        return CompiledModule(copy.deepcopy(self.model, memo), self._make_executor, self.pool)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RunError("a compiled module cannot be pickled; pickle its .model or its state_dict()")
 
     def train(self, mode: bool = True) -> CompiledModule:
         self.training = mode
@@ -94,11 +112,11 @@ class CompiledModule(nn.Module):
         wants = tuple(leaf.requires_grad and torch.is_grad_enabled() for leaf in leaves)
         key = (
             str(spec.tree),
-            tuple((leaf.dtype, leaf.shape) for leaf in leaves),
+            tuple((leaf.dtype, leaf.shape, leaf.layout) for leaf in leaves),
             wants,
             torch.is_grad_enabled(),
-            tuple(module.training for module in self.model.modules()),
-            tuple(parameter.requires_grad for parameter in self.model.parameters()),
+            tuple(_settings(module) for module in self.model.modules()),
+            tuple((parameter.dtype, parameter.requires_grad) for parameter in self.model.parameters()),
         )
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -239,6 +257,16 @@ class CompiledModule(nn.Module):
             else:
                 rest.append(result)
         return rest
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What of a module's own, beside tensors, decides what its forward does: plain attributes and hooks."""
+    plain = (item for item in vars(module).items() if type(item[1]) in _PLAIN)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return (*plain, *(id(hook) for table in hooks for hook in table.values()))
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def random_key() -> torch.Tensor:

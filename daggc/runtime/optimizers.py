@@ -136,6 +136,14 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
+def set_learning_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's learning rate as a scheduler would: one that is a tensor stays one."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 def _kind(optimizer: torch.optim.Optimizer) -> str:
     for cls, kind in ((torch.optim.SGD, "sgd"), (torch.optim.AdamW, "adamw"), (torch.optim.Adam, "adamw")):
         if type(optimizer) is cls:

@@ -23,9 +23,10 @@ from daggc.backend.dask_graph import Emission
 from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
-from daggc.runtime.worker import Facts, ProgramPlugin, describe
+from daggc.runtime.worker import Facts, ProgramPlugin, describe, to_own_device
 
 _POLL = 0.5  # seconds between looks at the workers while waiting
+_ANSWER = 20  # seconds within which a scheduler that lives answers
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Pool:
 
     def ship(self, key: str, program: Program, functions: Mapping[str, Callable[..., Any]]) -> None:
         """Make a program known to all workers, those that join later too."""
+        self._require_open()
         self.client.register_plugin(ProgramPlugin(key, program, functions))
 
     def forget(self, key: str) -> None:
@@ -51,24 +53,30 @@ class Pool:
             self.client.loop.add_callback(_forget, self.client, f"daggc-{key}")
 
     def submit(self, emission: Emission, keys: Sequence[str]) -> list[Future]:
-        """Submit tasks, each pinned to its device's worker; returns futures of ``keys``."""
+        """Submit tasks, each pinned to its device's worker, or to the pool; returns futures of ``keys``."""
+        self._require_open()
         addresses = self.addresses
+        anywhere = list(addresses.values())
         workers = {key: addresses[device] for key, device in emission.device.items()}
         priority = emission.priority
         with dask.annotate(
-            workers=lambda key: workers.get(key), priority=lambda key: priority.get(key, 0), allow_other_workers=False
+            workers=lambda key: workers.get(key, anywhere),
+            priority=lambda key: priority.get(key, 0),
+            allow_other_workers=False,
         ):
             return self.client.get(emission.tasks, list(keys), sync=False)
 
     def scatter(self, tensors: Mapping[str, Any], device: str) -> Future:
         """Send a dict of tensors to a device's worker; the future's result is that dict."""
+        self._require_open()
         if self.client.scheduler is not None and self.client.scheduler.address.startswith("inproc"):
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # workers share our memory
         (future,) = self.client.scatter([dict(tensors)], workers=[self.addresses[device]], hash=False)
-        return future
+        return self.run_on(device, to_own_device, future) if device.startswith("gpu") else future
 
     def run_on(self, device: str, function: Callable[..., Any], *args: Any) -> Future:
         """Run a function once on a device's worker."""
+        self._require_open()
         return self.client.submit(
             function, *args, workers=[self.addresses[device]], allow_other_workers=False, pure=False, retries=0
         )
@@ -104,12 +112,12 @@ class Pool:
 
     def check(self, futures: Sequence[Future] = ()) -> None:
         """Raise WorkerLostError if a worker of the pool is gone, RunError if the scheduler is."""
+        self._require_open()
         try:
-            alive = set(self.client.nthreads())
+            alive = set(self.client.sync(self.client.scheduler.ncores, callback_timeout=_ANSWER))
         except (CommClosedError, OSError, TimeoutError, ValueError) as wrong:
             raise RunError(f"the Dask scheduler does not answer ({wrong}); start a cluster and resume") from wrong
-        if self.client.status not in ("running", "connecting"):
-            raise RunError("the Dask client lost its scheduler; start a cluster and resume from a checkpoint")
+        self._require_open()
         lost = {name: address for name, address in self.addresses.items() if address not in alive}
         if lost:
             self.cancel(futures)
@@ -119,9 +127,17 @@ class Pool:
                 "resume: build the train step again on the workers that are left and load the last checkpoint"
             )
 
+    def _require_open(self) -> None:
+        if self.client.status != "running":  # connecting again: its futures are lost all the same
+            raise RunError(
+                "the Dask client is closed or lost its scheduler; open another, and resume from a checkpoint"
+            )
+
     def cancel(self, futures: Sequence[Future]) -> None:
+        """Forget futures and stop what has not begun for them; a scheduler that is gone has done so."""
         if futures and self.client.status == "running":
-            self.client.cancel(list(futures), force=True)
+            with suppress(CommClosedError, OSError):
+                self.client.cancel(list(futures), force=True)
 
 
 def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
@@ -135,6 +151,8 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
         RunError: there are no workers, they do not answer, or they run different versions of torch.
         PlanError: a device of ``devices`` does not exist.
     """
+    if client.status not in ("running", "connecting"):
+        raise RunError("the Dask client is closed; open another")
     try:  # describing themselves, workers import this package, and with it how tensors travel
         facts: dict[str, Facts] = client.run(describe, on_error="raise")
     except (CommClosedError, OSError, TimeoutError) as wrong:

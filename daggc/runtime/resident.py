@@ -14,12 +14,12 @@ from distributed.comm.core import CommClosedError
 
 from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, add_data, emit
 from daggc.backend.local import run_calls
-from daggc.errors import RunError, WorkerLostError
+from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
 from daggc.runtime.pool import Pool
-from daggc.runtime.worker import Context, Record, run_task, run_update, take_records
+from daggc.runtime.worker import Context, Record, put_state, run_task, run_update, take_records
 
 RESIDENT = ("param", "buffer", "constant", "state")
 Tensors = Mapping[str, torch.Tensor]
@@ -75,21 +75,23 @@ class Home(Protocol):
 class LocalHome:
     """State in this process; a step runs when it is submitted."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.version = 0
         self._name = f"local-{uuid.uuid4().hex}"
         weakref.finalize(self, store.drop, self._name)
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
-        store.put(self._name, version, tensors)
+        store.put(self._name, version, tensors, self.device)
         self.version = version
 
     def submit(self, program: Program, inputs: Tensors) -> Pending:
         graph = program["step"]
         state = store.get(self._name)
         values = {
-            port.value.name: state.read(port.ref, self.version) if port.kind in RESIDENT else inputs[port.ref].detach()
+            port.value.name: state.read(port.ref, self.version)
+            if port.kind in RESIDENT
+            else inputs[port.ref].detach().to(self.device)
             for port in graph.inputs
         }
         wanted = {port.value.name for port in graph.outputs}
@@ -151,7 +153,7 @@ class WorkerHome:
         self.version = 0
         self.threads = threads
         self._name = f"train-{uuid.uuid4().hex}"
-        self._broken: RunError | None = None
+        self._broken: DaggcError | None = None
         self._devices: dict[str, str] = {}  # ref -> device of every resident tensor
         self._shipped: dict[int, str] = {}  # id of a program -> its key; programs are kept by their builder
         self._after: dict[str, Found] = {}
@@ -166,7 +168,7 @@ class WorkerHome:
         futures: list[Future] = []
         for device in self.pool.addresses:
             own = {ref: tensors[ref].detach() for ref, home in homes.items() if home == device}
-            futures.append(self.pool.run_on(device, store.put, self._name, version, self.pool.scatter(own, device)))
+            futures.append(self.pool.run_on(device, put_state, self._name, version, self.pool.scatter(own, device)))
         self.pool.gather(futures)
         self.version = version
 
@@ -221,13 +223,13 @@ class WorkerHome:
         if not self._pending:
             self._after = {}  # nothing to wait for, and its keys are released
 
-    def failed(self, step: _Submitted, wrong: RunError) -> None:
+    def failed(self, step: _Submitted, wrong: DaggcError) -> None:
         """A step has failed: give up those after it, and find out what it left of the state."""
         followers = self._pending[self._pending.index(step) + 1 :] if step in self._pending else []
         self._give_up()
         for follower in followers:
             follower.fail(RunError(f"not run: an earlier step failed: {wrong}"))
-        if isinstance(wrong, WorkerLostError):
+        if isinstance(wrong, WorkerLostError) or self.pool.client.status != "running":
             self._broken = wrong
             return
         try:
@@ -235,7 +237,7 @@ class WorkerHome:
                 device: self.pool.gather([self.pool.run_on(device, store.status, self._name)], timeout=30)[0]
                 for device in sorted(set(self._devices.values()))
             }
-        except RunError as unknown:
+        except DaggcError as unknown:
             self._broken = unknown
             return
         torn = [device for device, version in found.items() if version != step.version]
@@ -305,7 +307,7 @@ class _Submitted:
         self._updates = updates
         self._wanted = wanted
         self._results: dict[str, torch.Tensor] = {}
-        self._wrong: RunError | None = None
+        self._wrong: DaggcError | None = None
 
     @property
     def futures(self) -> list[Future]:
@@ -318,7 +320,7 @@ class _Submitted:
             try:
                 self._home.settle(before=self)
                 gathered = self._home.pool.gather(self.futures)
-            except RunError as wrong:
+            except DaggcError as wrong:
                 if self._wrong is None:  # else an earlier step failed, and took this one with it
                     self._home.failed(self, wrong)
                     self.fail(wrong)
@@ -331,7 +333,7 @@ class _Submitted:
             self._home.finished(self)
         return self._results
 
-    def fail(self, wrong: RunError) -> None:
+    def fail(self, wrong: DaggcError) -> None:
         """Waiting for it raises this from now on."""
         self._wrong = wrong
         self._collectors, self._updates = {}, []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from daggc.errors import CaptureError, RunError
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph
 from daggc.passes.manager import pipeline, run
-from daggc.passes.microbatch import Microbatched, at_batch, microbatched, rewrite_like
+from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
@@ -22,6 +23,8 @@ from daggc.plan.plan import Plan, plan_model
 from daggc.plan.schedule.tasks import split_batch
 from daggc.plan.step import Part, Step, step_graph
 from daggc.runtime.batch import Batch
+from daggc.runtime.dask_executor import checksum
+from daggc.runtime.resident import RESIDENT
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
@@ -33,7 +36,6 @@ class Options:
 
     microbatches: int = 1
     schedule: str = "1f1b"
-    clip: bool = False
     stages: int | None = None
     pins: Mapping[str, str] | None = None
     split_backward: bool = False
@@ -57,6 +59,18 @@ class StepProgram:
     exactness: Microbatched | None
     sizes: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
+
+    @cached_property
+    def layout(self) -> tuple[tuple[str, str, int], ...]:
+        """Where the step has its state, and a checksum of what is given with the program."""
+        ports = self.step.graph.inputs_of(*RESIDENT)
+        sums = {ref: checksum(tensor) for ref, tensor in self.constants.items()}
+        return tuple((port.ref, str(port.value.type.device), sums.get(port.ref, 0)) for port in ports)
+
+    @cached_property
+    def updated(self) -> frozenset[str]:
+        """The parameters that it updates."""
+        return frozenset(port.target for port in self.step.graph.outputs_of("param"))
 
     def explain(self) -> str:
         """The plan and its reasons, the order of the tasks, and how the batch is cut."""
@@ -84,8 +98,8 @@ class StepBuilder:
         self._captures: dict[Any, Capture] = {}
         self._plans: dict[Any, Plan] = {}
 
-    def build(self, batch: Batch, groups: Sequence[Group]) -> StepProgram:
-        """The step for a batch of this signature and size.
+    def build(self, batch: Batch, groups: Sequence[Group], clip: bool) -> StepProgram:
+        """The step for a batch of this signature and size; with ``clip``, gradients are clipped.
 
         Raises:
             CaptureError: the model or loss cannot be captured.
@@ -108,7 +122,7 @@ class StepBuilder:
             groups,
             devices,
             schedule=self.options.schedule,
-            clip=self.options.clip,
+            clip=clip,
             chain_buffers=analysis is not None and not analysis.result.exact,
             donate=True,
         )
@@ -121,6 +135,9 @@ class StepBuilder:
         size = max(2, sizes[0])
         forward, other = self._forward(batch, size), self._forward(batch, size + 1)
         result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
+        constants, others = self._capture(batch, size).constants, self._capture(batch, size + 1).constants
+        if any(not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
+            result = replace(result, mixing=Mixing("", "a constant of the model changes with the batch size"))
         return _Analysis(forward, other, result)
 
     def _rewritten(self, batch: Batch, size: int, analysis: _Analysis) -> Microbatched:
@@ -141,7 +158,8 @@ class StepBuilder:
 
     def _plan(self, batch: Batch, sizes: Sequence[int], forward: Graph) -> Plan:
         """Plans are kept: a batch of another size must leave every parameter where it is."""
-        key = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
+        nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
+        key = nodes, tuple(self._wrt(batch, forward))
         if key not in self._plans:
             program = self._capture(batch, sizes[0]).program
             program = type(program)({"forward": forward}, provenance=program.provenance)
@@ -157,15 +175,14 @@ class StepBuilder:
         return self._plans[key]
 
     def _wrt(self, batch: Batch, forward: Graph) -> list[str]:
-        trainable = next(iter(self._captures.values())).trainable
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return [port.ref for port in forward.inputs_of("param") if port.target in trainable]
 
     def _forward(self, batch: Batch, size: int) -> Graph:
         return run(self._capture(batch, size).program, pipeline(_SIMPLIFY)).forward
 
     def _capture(self, batch: Batch, size: int) -> Capture:
-        modes = tuple(module.training for module in self.model.modules())
-        key = (batch.signature(), size, modes)
+        key = (batch.signature(), size, modes_of(self.model))
         if key not in self._captures:
             args, kwargs = batch.spec.rebuild(iter(example_leaves(batch, size)))
             captured = capture(self.model, args, kwargs, self.call)
@@ -173,6 +190,12 @@ class StepBuilder:
                 raise CaptureError("a training step captures one loss")
             self._captures[key] = captured
         return self._captures[key]
+
+
+def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """What a program depends on beside its inputs: which modules are in training mode, which parameters are frozen."""
+    training = tuple(module.training for module in model.modules())
+    return training, tuple(parameter.requires_grad for parameter in model.parameters())
 
 
 def whole_batch(forward: Graph, batch: Batch) -> Microbatched:
@@ -186,8 +209,6 @@ def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:
     """The batch's leaves with ``size`` samples: cut off, or the samples repeated."""
     leaves: list[torch.Tensor] = []
     for leaf, batched in zip(batch.leaves, batch.batched, strict=True):
-        if batched and leaf.shape[0] == 0:
-            raise RunError("a batch without samples cannot be trained on")
         repeats = -(-size // leaf.shape[0]) if batched else 1
         leaves.append(torch.cat([leaf] * repeats)[:size] if batched else leaf)
     return leaves

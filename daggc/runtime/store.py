@@ -82,9 +82,9 @@ class Store:
 _STORES: dict[str, Store] = {}
 
 
-def put(name: str, version: int, tensors: Tensors) -> int:
-    """Create or replace a store in this process; the tensors are copied. Returns the version."""
-    copies = {ref: tensor.detach().clone(memory_format=torch.preserve_format) for ref, tensor in tensors.items()}
+def put(name: str, version: int, tensors: Tensors, device: torch.device | str = "cpu") -> int:
+    """Create or replace a store in this process; the tensors are copied to ``device``. Returns the version."""
+    copies = {ref: tensor.detach().to(device, copy=True) for ref, tensor in tensors.items()}
     _STORES[name] = Store(version, copies)
     return version
 

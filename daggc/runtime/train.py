@@ -10,17 +10,27 @@ import torch
 from torch import nn
 
 from daggc.errors import RunError
-from daggc.ir.graph import Port
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster, cluster_of, cpu_device
 from daggc.plan.plan import Plan
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from daggc.runtime.optimizers import check_dtypes, initial_state, learning_rates, read_groups, write_state
+from daggc.runtime.devices import device_of
+from daggc.runtime.optimizers import (
+    Counts,
+    check_dtypes,
+    learning_rates,
+    read_groups,
+    read_state,
+    set_learning_rate,
+    write_state,
+)
 from daggc.runtime.pool import Pool
-from daggc.runtime.resident import Home, LocalHome, Pending, WorkerHome
-from daggc.runtime.step_program import Options, StepBuilder, StepProgram
+from daggc.runtime.resident import RESIDENT, Home, LocalHome, Pending, WorkerHome
+from daggc.runtime.step_program import Options, StepBuilder, StepProgram, modes_of
 from daggc.runtime.worker import Record
+
+_MOST_MICROBATCHES = 1 << 20  # of a step: their random numbers come from keys of their own
 
 
 class LazyLoss:
@@ -73,14 +83,21 @@ class TrainStep:
         self.pool = pool
         self._groups = read_groups(optimizer, model)
         check_dtypes(self._groups, model)
-        self._state, self.steps = initial_state(optimizer, self._groups, model)
         self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         cluster: Cluster = pool.cluster if pool else cluster_of([cpu_device(0)])
         self._builder = StepBuilder(model, call_with_loss(loss_fn), cluster, options)
         self._programs: dict[Any, StepProgram] = {}
-        self._home: Home = WorkerHome(pool, threads) if pool else LocalHome()
-        self._loaded: tuple[tuple[str, str | None], ...] | None = None
+        self._home: Home = WorkerHome(pool, threads) if pool else LocalHome(device_of(model.parameters()))
+        self._loaded: tuple[tuple[str, str, int], ...] | None = None  # layout of the state where steps run
+        self._aside: dict[str, torch.Tensor] = {}  # what the program that runs now has no use for
+        self._steps = 0
+        self._counts = Counts(0, {})
         self._current: StepProgram | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, those submitted included; a step that failed is not counted."""
+        return self._steps if self._loaded is None else self._home.version
 
     def __call__(self, *args: Any, **kwargs: Any) -> LazyLoss:
         """Submit a step on a batch; returns its loss, which may not be there yet.
@@ -96,8 +113,9 @@ class TrainStep:
         program = self.program(batch)
         self._settle_state(program)
         inputs = self._inputs(program, batch)
+        version = self.steps
         pending = self._home.submit(program.step.program, inputs)
-        self.steps += 1
+        self._counts.add(version, program.updated)
         self._current = program
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
         return LazyLoss(pending)
@@ -105,40 +123,44 @@ class TrainStep:
     def program(self, batch: Batch) -> StepProgram:
         """The step's program for batches like this one, built when first needed."""
         self._groups = read_groups(self.optimizer, self.model)
-        key = (
-            batch.signature(),
-            batch.size,
-            self._groups,
-            self.max_grad_norm is not None,
-            tuple(module.training for module in self.model.modules()),
-        )
+        clip = self.max_grad_norm is not None
+        key = (batch.signature(), batch.size, self._groups, clip, modes_of(self.model))
         if key not in self._programs:
             groups = [Group(str(i), g.names, g.kind, dict(g.options)) for i, g in enumerate(self._groups)]
-            options = self._builder.options
-            self._builder.options = Options(**{**vars(options), "clip": self.max_grad_norm is not None})
-            self._programs[key] = self._builder.build(batch, groups)
+            self._programs[key] = self._builder.build(batch, groups, clip)
         return self._programs[key]
 
     def _settle_state(self, program: StepProgram) -> None:
         """Put the state where the program's plan has it, if it is not there."""
-        ports = program.step.graph.inputs_of("param", "buffer", "constant", "state")
-        layout = tuple((port.ref, port.value.type.device) for port in ports)
-        if layout == self._loaded:
+        if program.layout == self._loaded:
             return
-        known: dict[str, torch.Tensor] = self._home.snapshot() if self._loaded is not None else {}
-        tensors = {**self._from_model(program), **known}
-        self._home.load(program.step.program, {port.ref: self._initial(port, tensors) for port in ports}, self.steps)
-        self._loaded = layout
+        tensors = self._state()
+        ports = program.step.graph.inputs_of(*RESIDENT)
+        given = {port.ref: program.constants.get(port.ref, tensors.get(port.ref)) for port in ports}
+        missing = [ref for ref, tensor in given.items() if tensor is None]
+        if missing:
+            raise RunError(
+                f"the step needs {missing[0]!r}, which neither the model nor its optimizer had when the state was "
+                "taken from them; sync() and load_from_model() to take it again"
+            )
+        steps = self.steps
+        known = {ref: tensor for ref, tensor in given.items() if tensor is not None}
+        self._home.load(program.step.program, known, steps)
+        self._aside = {ref: tensor for ref, tensor in tensors.items() if ref not in given}
+        self._loaded, self._steps = program.layout, steps
 
-    def _initial(self, port: Port, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if port.ref not in tensors:
-            raise RunError(f"the step needs {port.ref!r}, which neither the model nor its optimizer has")
-        return tensors[port.ref]
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All weights, buffers and optimizer state, by port ref; of the workers, if they have been given them."""
+        if self._loaded is not None:
+            current = {**self._aside, **self._home.snapshot()}
+            return {ref: tensor for ref, tensor in current.items() if not ref.startswith("constant:")}
+        states, counts = read_state(self.optimizer, self._groups, self.model)
+        self._counts = Counts(self._steps, counts)
+        return {**self._model_tensors(), **states}
 
-    def _from_model(self, program: StepProgram) -> dict[str, torch.Tensor]:
-        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
-        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
-        return {**named, **program.constants, **self._state}
+    def _model_tensors(self) -> dict[str, torch.Tensor]:
+        named = {f"param:{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
+        return named | {f"buffer:{name}": tensor.detach() for name, tensor in self.model.named_buffers()}
 
     def _inputs(self, program: StepProgram, batch: Batch) -> dict[str, torch.Tensor]:
         """The tensors of the step's ports that are not resident, by ref."""
@@ -147,72 +169,75 @@ class TrainStep:
         for index, size in enumerate(program.sizes):
             for name, leaf, batched in zip(batch.names, batch.part(start, size), batch.batched, strict=True):
                 inputs[f"input:{name}#{index}" if batched else f"input:{name}"] = leaf
-            counter = self.steps * len(program.sizes) + index
-            inputs[f"key:#{index}"] = torch.tensor([self._seed, counter])
+            inputs[f"key:#{index}"] = torch.tensor([self._seed, self.steps * _MOST_MICROBATCHES + index])
             inputs[f"scalar:fraction#{index}"] = _number(size / batch.size)
             start += size
         for group, rate in enumerate(learning_rates(self.optimizer)):
             inputs[f"scalar:lr:{group}"] = _number(rate)
-        inputs["scalar:step"] = _number(self.steps + 1)
+        stateful = [name for group in self._groups if group.states for name in group.names if name in program.updated]
+        inputs["scalar:step"] = _number(self._counts.common(self.steps, stateful) + 1)
         if self.max_grad_norm is not None:
             inputs["scalar:clip"] = _number(self.max_grad_norm)
         return inputs
 
     def sync(self) -> None:
-        """Wait for all steps; write weights and buffers into the model, state into the optimizer."""
-        if self._loaded is None:
-            return
-        self._write_back(self._home.snapshot())
+        """Wait for all steps; write weights and buffers into the model, state into the optimizer.
 
-    def _write_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
-        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
+        Training may go on as if nothing had happened, or elsewhere: with the optimizer itself, say; after that
+        :meth:`load_from_model` brings what it changed back.
+        """
+        if self._loaded is not None:
+            self._write_back(self._state(), self._counts.at(self.steps))
+
+    def _write_back(self, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
         with torch.no_grad():
-            for ref, tensor in tensors.items():
-                if ref in named:
-                    named[ref].copy_(tensor)
-        self._state = {ref: tensor for ref, tensor in tensors.items() if ref.startswith("state:")}
-        write_state(self.optimizer, self._groups, self.model, self._state, self.steps)
+            for ref, tensor in self._model_tensors().items():
+                tensor.copy_(tensors[ref])
+        write_state(self.optimizer, self._groups, self.model, tensors, counts)
 
     def load_from_model(self) -> None:
         """Take parameters, buffers and optimizer state from the model and optimizer, at the next step."""
         self._home.settle()
-        self._groups = read_groups(self.optimizer, self.model)
-        self._state, self.steps = initial_state(self.optimizer, self._groups, self.model)
-        self._loaded = None
+        self._unload(self.steps)
+
+    def _unload(self, steps: int) -> None:
+        """The model and optimizer are what counts; the next step takes the state from them."""
+        self._steps, self._loaded, self._aside = steps, None, {}
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint: weights, buffers, optimizer state, step count, seed, learning rates."""
-        tensors = self._home.snapshot() if self._loaded is not None else self._model_tensors()
-        rates = learning_rates(self.optimizer)
-        meta = {"steps": self.steps, "seed": self._seed, "learning_rates": rates}
+        """Write a checkpoint: weights, buffers, optimizer state, step count, seed, learning rates.
+
+        The state of a learning-rate scheduler is not in it.
+        """
+        tensors = self._state()
+        meta = {
+            "steps": self.steps,
+            "seed": self._seed,
+            "learning_rates": learning_rates(self.optimizer),
+            "updates": self._counts.at(self.steps),
+        }
         write_checkpoint(path, Checkpoint(tensors, meta))
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint, with the same numbers as if nothing had happened.
 
-        The model and the optimizer (with its learning rates) get the checkpoint's values too.
+        The model and the optimizer (with its learning rates) get the checkpoint's values too. Steps that are
+        under way, or went wrong, are given up.
 
         Raises:
-            RunError: the file is no checkpoint, or of another model or optimizer.
+            RunError: the file is no checkpoint, or of another model or optimizer; nothing is changed then.
         """
         checkpoint = read_checkpoint(path)
-        own = self._model_tensors()
-        missing = [ref for ref in own if ref not in checkpoint.tensors]
-        unlike = [r for r, tensor in own.items() if r not in missing and tensor.shape != checkpoint.tensors[r].shape]
-        if missing or unlike:
-            raise RunError(f"{path} is a checkpoint of another model or optimizer: {(missing + unlike)[0]!r} differs")
-        self.steps = int(checkpoint.meta["steps"])
-        self._seed = int(checkpoint.meta["seed"])
+        groups = read_groups(self.optimizer, self.model)
+        own = {**self._model_tensors(), **read_state(self.optimizer, groups, self.model)[0]}
+        checkpoint.check(path, own, len(groups))
+        self._home.discard()
+        self._groups = groups
+        self._seed = checkpoint.meta["seed"]
         for group, rate in zip(self.optimizer.param_groups, checkpoint.meta["learning_rates"], strict=True):
-            group["lr"] = rate
-        self._write_back(checkpoint.tensors)
-        self._loaded = None
-
-    def _model_tensors(self) -> dict[str, torch.Tensor]:
-        named = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
-        named |= {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
-        return {**named, **self._state}
+            set_learning_rate(group, rate)
+        self._write_back(checkpoint.tensors, checkpoint.meta["updates"])
+        self._unload(checkpoint.meta["steps"])
 
     @property
     def plan(self) -> Plan | None:
@@ -235,9 +260,10 @@ class TrainStep:
         return dict(self._home.records())
 
     def close(self) -> None:
-        """Drop the state on the workers."""
+        """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it."""
+        steps = self.steps
         self._home.close()
-        self._loaded = None
+        self._unload(steps)
 
 
 def _number(value: float) -> torch.Tensor:
@@ -265,5 +291,5 @@ def train_step(
         raise RunError(f"microbatches is at least 1, got {microbatches}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
-    options = Options(microbatches, schedule, False, stages, pins, split_backward, force_microbatches)
+    options = Options(microbatches, schedule, stages, pins, split_backward, force_microbatches)
     return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads)

@@ -21,6 +21,7 @@ from daggc.errors import RunError
 from daggc.frontend.opaque import register_functions
 from daggc.ir.graph import Program
 from daggc.runtime import store
+from daggc.runtime.devices import own_device
 
 _PROGRAMS: dict[str, Program] = {}
 _RECORDS: deque[Record] = deque(maxlen=200_000)
@@ -69,11 +70,6 @@ def describe(dask_worker: Any = None) -> Facts:
         daggc=daggc.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
     )
-
-
-def own_device() -> torch.device:
-    """The device tasks run on here: the first visible GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass
@@ -173,6 +169,16 @@ def know(key: str, program: Program) -> None:
 def unknow(key: str) -> None:
     """Undo :func:`know`."""
     _PROGRAMS.pop(key, None)
+
+
+def put_state(name: str, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Create or replace a store on this worker, on the device its tasks run on; see :func:`store.put`."""
+    return store.put(name, version, tensors, own_device())
+
+
+def to_own_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors on the device this worker's tasks run on."""
+    return {name: tensor.to(own_device()) for name, tensor in tensors.items()}
 
 
 def take_records() -> list[Record]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
 import torch

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from char_gpt.data import Text, batch, read_text
-from char_gpt.model import GPT, Size, next_character_loss, sample
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import daggc
+from char_gpt.data import Text, batch, read_text
+from char_gpt.model import GPT, Size, next_character_loss, sample
 from daggc.frontend.export import capture
 from daggc.ir.graph import Program
 from daggc.ir.printer import print_program
@@ -31,7 +31,7 @@ from daggc.runtime.train import TrainStep
 TOLERANCE = 1e-3  # nats a character: f32 sums in another order drift apart step by step; typically 1e-5 after 20
 CLIP = 1.0
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options:
     """What the command line asked for."""
 
     steps: int
+    limit: float
     workers: int
     batch: int
     microbatches: int
@@ -76,16 +77,17 @@ def read_options(arguments: Sequence[str] | None, vocabulary: int) -> Options:
     parser = argparse.ArgumentParser(
         prog="tools/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--steps", type=int, default=240, help="training steps")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of training after which it stops early")
     parser.add_argument("--workers", type=int, default=2, help="Dask worker processes, one thread each")
-    parser.add_argument("--batch", type=int, default=32, help="pieces of text in a batch")
+    parser.add_argument("--batch", type=int, default=64, help="pieces of text in a batch")
     parser.add_argument("--microbatches", type=int, default=4, help="parts of a batch, pipelined over the workers")
     parser.add_argument("--schedule", choices=("1f1b", "gpipe"), default="1f1b", help="order of the parts")
     parser.add_argument("--layers", type=int, default=4, help="transformer blocks")
     parser.add_argument("--width", type=int, default=128, help="of the residual stream; divisible by --heads")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--block", type=int, default=64, help="characters the model sees at once")
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--compare", type=int, default=30, help="first steps that eager PyTorch repeats")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for what is written")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples")
@@ -98,6 +100,7 @@ def read_options(arguments: Sequence[str] | None, vocabulary: int) -> Options:
     size = Size(vocabulary, given.block, given.width, given.layers, given.heads)
     return Options(
         given.steps,
+        given.limit,
         given.workers,
         given.batch,
         given.microbatches,
@@ -154,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = float(step(*batch(text.train, options.size.block, options.batch, 0, options.seed)))
         scheduler.step()
         console.print(f"captured, differentiated, planned and run once in {time.perf_counter() - begun:.1f} s\n")
-        console.print(step.explain(), markup=False, soft_wrap=True)
+        console.print(step.explain(), markup=False)
         write_stages(options, model, step, text)
         trained = train(options, step, scheduler, text, first)
         step.sync()
@@ -197,6 +200,9 @@ def train(
             waiting = loss
             speed = (len(losses) - 1) * options.tokens / (time.perf_counter() - begun)
             progress.update(bar, completed=len(losses), loss=mean(losses[-20:]), speed=speed)
+            if time.perf_counter() - begun > options.limit:
+                progress.console.print(f"stopped after {options.limit:g} seconds (--limit), at step {number + 1}")
+                break
         losses += [] if waiting is None else [float(waiting)]
         speed = (len(losses) - 1) * options.tokens / (time.perf_counter() - begun)
         progress.update(bar, completed=len(losses), loss=mean(losses[-20:]), speed=speed)
@@ -281,8 +287,8 @@ def conclude(options: Options, trained: Run, held_back: float, comparison: Compa
     )
     verdict = "[green]the same[/]" if equal else "[red]DIFFERENT[/]"
     console.print(
-        f"[bold]Against eager PyTorch[/], same seed and batches: losses of the first {comparison.steps} steps differ by at "
-        f"most {comparison.difference:.1e} ({verdict}; {TOLERANCE:g} allowed)"
+        f"[bold]Against eager PyTorch[/], same seed and batches: losses of the first {comparison.steps} steps differ "
+        f"by at most {comparison.difference:.1e} ({verdict}; {TOLERANCE:g} allowed)"
     )
     console.print(f"[bold]Speed[/] daggc on {options.workers} worker processes: {trained.speed:,.0f} tokens/s")
     for threads, speed in comparison.speeds.items():

@@ -62,7 +62,8 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 residual = name.endswith(("project.weight", "shrink.weight"))  # GPT-2: their sum grows with depth
-                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * size.layers) if residual else 1.0))
+                spread = size.width * (2 * size.layers if residual else 1)
+                nn.init.normal_(parameter, std=1 / math.sqrt(spread))
 
     def forward(self, characters: torch.Tensor) -> torch.Tensor:
         places = torch.arange(characters.shape[1], device=characters.device)
@@ -75,7 +76,7 @@ def next_character_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def sample(model: GPT, start: torch.Tensor, count: int, seed: int = 0, temperature: float = 0.7) -> torch.Tensor:
+def sample(model: GPT, start: torch.Tensor, count: int, seed: int = 0, temperature: float = 0.5) -> torch.Tensor:
     """``count`` characters drawn one after the other, after the characters of ``start`` (i64[n])."""
     generator = torch.Generator().manual_seed(seed)
     characters = start
