@@ -59,7 +59,7 @@ def main(debug: bool) -> None:
     """
 
 
-_devices = click.option("--devices", default="2", show_default=True, help="A number of CPU workers, or cpu:0,cuda:0.")
+_devices = click.option("--devices", default="2", show_default=True, help="A number of CPU workers, or cpu:0,gpu:0.")
 _out = click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to stdout.")
 
 

@@ -11,6 +11,7 @@ import builtins
 import keyword
 import linecache
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -61,7 +62,8 @@ class Compiled:
         return ""
 
 
-_CACHE: dict[str, Compiled] = {}
+_CACHE: OrderedDict[str, Compiled] = OrderedDict()
+_CACHE_SIZE = 1024  # functions kept in one process, the latest used
 
 
 def compile_graph(graph: Graph) -> Compiled:
@@ -75,6 +77,10 @@ def compile_graph(graph: Graph) -> Compiled:
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         function = cast(Callable[..., tuple[torch.Tensor, ...]], scope[_function_name(graph)])
         _CACHE[key] = Compiled(graph, source, filename, function)
+        if len(_CACHE) > _CACHE_SIZE:
+            _, oldest = _CACHE.popitem(last=False)
+            linecache.cache.pop(oldest.filename, None)
+    _CACHE.move_to_end(key)
     return _CACHE[key]
 
 

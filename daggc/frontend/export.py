@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from daggc.errors import CaptureError, DaggcError, located
 from daggc.frontend.dtypes import ir_type
+from daggc.frontend.effects import Attributes, Place, keeping_buffers, refuse_counting, refusing_what_export_drops
 from daggc.frontend.fx_import import import_exported, is_user_file, short_source
 from daggc.frontend.gradient_stops import mark_gradient_stops
 from daggc.frontend.opaque import recording
@@ -34,6 +35,7 @@ class Capture:
         out_spec: of the result; its leaves are the ``output`` ports in order.
         trainable: names of parameters that require gradients (canonical names of tied ones).
         constants: tensors that are part of the model but neither parameters nor buffers, by port target.
+        assigned: the plain values that each call sets attributes to, by module path and name.
     """
 
     program: Program
@@ -41,26 +43,32 @@ class Capture:
     out_spec: Spec
     trainable: frozenset[str]
     constants: Mapping[str, torch.Tensor]
+    assigned: Mapping[Place, Any] = field(default_factory=dict)
 
 
 class _Flat(nn.Module):
     """The model as a function from a list of tensors to a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, call: Call, in_spec: Spec, note_result: Callable[[Spec], None]) -> None:
+    def __init__(self, model: nn.Module, call: Call, in_spec: Spec, note: Callable[[_Noted], None]) -> None:
         super().__init__()
         self.model = model
         self._call = call
         self._in_spec = in_spec
-        self._note_result = note_result  # export undoes assignments to attributes
+        self._note = note  # export undoes assignments to attributes
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._in_spec.rebuild(iter(leaves))
-        tensors, spec = flatten(self._call(self.model, *args, **kwargs))
-        self._note_result(spec)
+        before = Attributes.of(self.model)
+        with keeping_buffers(self.model):
+            result = self._call(self.model, *args, **kwargs)
+        assigned = before.changes(self.model)
+        tensors, spec = flatten(result)
+        self._note((spec, assigned))
         return tuple(tensors)
 
 
 Call = Callable[..., Any]  # (model, *args, **kwargs) -> result
+_Noted = tuple[Spec, dict[Place, Any]]  # of the result, and what was assigned to attributes
 
 
 def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,19 +93,48 @@ def capture(
     leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
     for leaf in leaves:
         ir_type(leaf)  # refuses what the IR cannot hold
-    results: list[Spec] = []
-    flat = _Flat(model, call, in_spec, results.append)
-    with _explained(model), recording(), warnings.catch_warnings(), torch.enable_grad():
+    before = Attributes.of(model)
+    try:
+        captured = _capture(model, call, leaves, in_spec)
+        if not captured.assigned:
+            return captured
+        old = before.values
+        _assign(model, captured.assigned)
+        again = _capture(model, call, leaves, in_spec)
+        if again.assigned or str(again.program) != str(captured.program):
+            place, new = next(iter((again.assigned or captured.assigned).items()))
+            refuse_counting(model, place, old.get(place), new)
+    except BaseException:
+        before.restore(model)
+        raise
+    before.restore(model)
+    _assign(model, captured.assigned)
+    return replace(again, assigned=captured.assigned)
+
+
+def _capture(model: nn.Module, call: Call, leaves: Sequence[torch.Tensor], in_spec: Spec) -> Capture:
+    noted: list[_Noted] = []
+    flat = _Flat(model, call, in_spec, noted.append)
+    before = Attributes.of(model)
+    with _explained(model), recording(), refusing_what_export_drops(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(flat, tuple(leaves), strict=False)
+        try:
+            exported = torch.export.export(flat, tuple(leaves), strict=False)
+        finally:
+            before.restore(model)
         mark_gradient_stops(exported.graph_module)
         exported = exported.run_decompositions({})
-    out_spec = results[-1]
+    out_spec, assigned = noted[-1]
     canonical, tied = _canonical_names(model)
     graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical)
     program = Program({"forward": graph}, in_spec.tree, out_spec.tree, tied, ("capture",))
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Capture(program, in_spec, out_spec, trainable, constants)
+    return Capture(program, in_spec, out_spec, trainable, constants, assigned)
+
+
+def _assign(model: nn.Module, values: Mapping[Place, Any]) -> None:
+    for (path, name), value in values.items():
+        setattr(model.get_submodule(path), name, value)
 
 
 def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -155,14 +192,17 @@ def _explained(model: nn.Module) -> Iterator[None]:
 
 def _explain(wrong: Exception) -> str:
     first = str(wrong).strip().splitlines()[0] if str(wrong).strip() else type(wrong).__name__
-    data_dependent = any("DataDependent" in cls.__name__ for cls in type(wrong).__mro__) or "data-dependent" in str(
-        wrong
-    )
-    if data_dependent or "Could not guard" in first or "Could not extract" in first:
+    kinds = [cls.__name__ for cls in type(wrong).__mro__]
+    data_dependent = any("DataDependent" in kind or "DynamicOutputShape" in kind for kind in kinds)
+    if data_dependent or "data-dependent" in str(wrong) or "Could not guard" in first or "Could not extract" in first:
         return (
             "the model's control flow or shapes depend on the data of a tensor, which cannot be captured "
-            f"({first}); use torch.where or torch.cond, or mark the function with @daggc.opaque"
+            f"({first}); use torch.where, or mark the function with @daggc.opaque"
         )
+    if "fake tensor in the exported program constant's list" in first:
+        return "forward uses the .data of a tensor, which export cannot follow; use .detach(), and torch.no_grad() to write"
+    if "TensorWrapper" in first:
+        return f"torch.func inside a model's forward cannot be captured ({first}); use torch.autograd.grad"
     return f"torch.export could not capture the model: {type(wrong).__name__}: {first}"
 
 

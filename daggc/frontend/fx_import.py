@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,11 +19,13 @@ from daggc.frontend.dtypes import FROM_TORCH, ir_dtype, ir_type
 from daggc.frontend.pytree import input_names
 from daggc.ir.attrs import Dense
 from daggc.ir.builder import Builder
-from daggc.ir.graph import Graph, Value
+from daggc.ir.graph import Graph, Node, Value
 from daggc.ir.tree import Tree
 from daggc.ops import REGISTRY
 from daggc.ops.call import declare
+from daggc.passes.vjp import COMPLEX_TOO
 
+_RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
 _SMALL = 16  # elements; larger constants of the model become ports, so that text stays readable
 _PLACEMENT = ("device", "layout", "pin_memory")  # arguments that are the planner's business
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")  # the shapes are static and checked by us
@@ -81,7 +84,10 @@ def _inputs(importer: _Importer, exported: ExportedProgram, in_tree: Tree, canon
                 values[node] = b.input(ir_type(tensor), "constant", target)
                 constants[target] = tensor
         else:
-            raise CaptureError(f"the model takes an input of kind {spec.kind.name}, which daggc does not know")
+            raise CaptureError(
+                f"the model uses an object that is not a tensor ({spec.kind.name}, a torch.Generator say); "
+                "use torch's own generator, seeded outside of the model"
+            )
     return constants
 
 
@@ -153,10 +159,14 @@ class _Importer:
             return self.b.emit("stop_gradient", *args)
         if target is torch.ops.daggc.python_call.default:
             return self.python_call(node, *args)
+        if target._schema.name.startswith("aten::as_strided"):
+            _refuse_strides(node)
         if "conv" in str(target) and _channels_last(node):
             kwargs["memory_format"] = "channels_last"
+        _refuse_data_dependent(node)
+        start = len(self.b.nodes)
         results = self.portable(target, args, kwargs)
-        if results is None:
+        if results is None or any(_complex_without_rule(made) for made in self.b.nodes[start:]):
             results = self.torch_call(node, target)
         self.check(node, results)
         return results
@@ -174,7 +184,16 @@ class _Importer:
 
     def torch_call(self, node: fx.Node, target: torch._ops.OpOverload) -> Any:
         """Through the door: torch runs the op, and its derivative, on the worker."""
-        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        random = torch.Tag.nondeterministic_seeded in target.tags and not _drops_nothing(node, target)
+        if random and target._schema.name in _RECURRENT:
+            raise CaptureError(
+                located(
+                    "a recurrent layer drops out between its layers (dropout > 0 in train mode), which daggc has no op "
+                    "for; use layers of one level with nn.Dropout between them",
+                    *provenance(node),
+                )
+            )
+        if random or target._schema.is_mutable:
             raise CaptureError(
                 located(f"{target} is random or writes to its inputs, and daggc has no op for it", *provenance(node))
             )
@@ -257,6 +276,44 @@ class _Importer:
                     )
 
 
+def _complex_without_rule(node: Node) -> bool:
+    """Whether only torch knows a derivative: most rules hold for real numbers. What was emitted stays unused."""
+    return node.op not in COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs))
+
+
+def _refuse_data_dependent(node: fx.Node) -> None:
+    metas = node.meta.get("val")
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    for meta in metas if isinstance(metas, tuple | list) else (metas,):
+        sizes = meta.shape if isinstance(meta, torch.Tensor) else (meta,)
+        if any(isinstance(size, numbers) for size in sizes):
+            raise CaptureError(
+                located(
+                    f"{node.target} gives a number or a shape that depends on the data of a tensor, which cannot be "
+                    "captured; use torch.where or a mask, or mark the function with @daggc.opaque",
+                    *provenance(node),
+                )
+            )
+
+
+def _refuse_strides(node: fx.Node) -> None:
+    """What ``as_strided`` sees depends on how memory is laid out: known only where it is in order."""
+    meta = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    if not isinstance(meta, torch.Tensor) or not meta.is_contiguous():
+        raise CaptureError(
+            located("as_strided of a tensor that is not contiguous; call contiguous() first", *provenance(node))
+        )
+
+
+def _drops_nothing(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether a recurrent layer, which torch tags as random, has no dropout at work."""
+    if target._schema.name not in _RECURRENT:
+        return False
+    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
+    given.update(node.kwargs)
+    return given["num_layers"] == 1 or not given["dropout"] or not given["train"]
+
+
 def _channels_last(node: fx.Node) -> bool:
     """Whether eager computes a convolution in channels_last: its input or weight has that layout."""
     metas = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, fx.Node)]
@@ -276,6 +333,7 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
     return module
 
 
+_STDLIB = os.path.dirname(os.__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -291,7 +349,9 @@ def provenance(node: fx.Node) -> tuple[str, str]:
 
 
 def is_user_file(filename: str) -> bool:
-    """Whether a source file is the user's (or a model library's) rather than torch's or ours."""
+    """Whether a source file is the user's (or a model library's) rather than torch's, Python's or ours."""
+    if filename.startswith(_STDLIB) and "site-packages" not in filename:
+        return False
     return not any(mark in filename for mark in ("/torch/", "/daggc/frontend/", "<"))
 
 

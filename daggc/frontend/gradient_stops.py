@@ -38,6 +38,7 @@ def mark_gradient_stops(root: fx.GraphModule) -> None:
             for node in list(module.graph.nodes):
                 if node.op == "call_function":
                     _mark(module, node)
+                    _refuse_writes_without_gradient(module, node)
             _refuse_writes(module)
             module.recompile()
 
@@ -45,10 +46,7 @@ def mark_gradient_stops(root: fx.GraphModule) -> None:
 def _mark(module: fx.GraphModule, node: fx.Node) -> None:
     if node.target in _DETACH:
         node.target = torch.ops.daggc.stop_gradient.default
-    region = isinstance(node.target, torch._ops.HigherOrderOperator) and (
-        node.target.name() == "wrap_with_set_grad_enabled"
-    )
-    if region and node.args[0] is False:
+    if _is_no_grad(node):
         for item in list(node.users):
             value = item.meta.get("val")
             if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
@@ -66,12 +64,53 @@ def _refuse_writes(module: fx.GraphModule) -> None:
     """In eager a detached tensor shares memory with its source; the marked one does not."""
     for node in module.graph.nodes:
         written = node.args[0] if node.args else None
-        mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        if mutable and _views_a_stop(written):
+        if _is_write(node) and _views_a_stop(written):
             raise CaptureError(
                 f"{node.target} writes in place to a tensor that was detached or made under torch.no_grad(); "
                 "clone it before writing"
             )
+
+
+def _refuse_writes_without_gradient(module: fx.GraphModule, region: fx.Node) -> None:
+    """In eager a write under no_grad to a tensor that has a gradient leaves that gradient as it was."""
+    if not _is_no_grad(region):
+        return
+    body = getattr(module, str(region.args[1].target))  # pyright: ignore  # a get_attr node
+    operands = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), region.args[2:], strict=True))
+    for node in body.graph.nodes:
+        written = _base(node.args[0]) if _is_write(node) else None
+        outer = _base(operands.get(written))  # pyright: ignore[reportArgumentType]
+        if isinstance(outer, fx.Node) and outer.op == "call_function" and _has_gradient(outer):
+            raise CaptureError(
+                f"{node.target} writes in place, under torch.no_grad(), to a tensor that has a gradient, which daggc "
+                "cannot keep; write outside of torch.no_grad(), or to a detached clone"
+            )
+
+
+def _is_no_grad(node: fx.Node) -> bool:
+    region = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return region and node.target.name() == "wrap_with_set_grad_enabled" and node.args[0] is False
+
+
+def _is_write(node: Any) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _base(node: Any) -> Any:
+    """What a tensor is a view of."""
+    while (
+        isinstance(node, fx.Node)
+        and isinstance(node.target, torch._ops.OpOverload)
+        and any(argument.alias_info is not None for argument in node.target._schema.arguments)
+        and node.args
+    ):
+        node = node.args[0]
+    return node
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return meta is None or bool(getattr(meta, "requires_grad", True))
 
 
 def _views_a_stop(node: Any) -> bool:

@@ -39,6 +39,8 @@ def _flatten(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> 
         return Spec(LEAF, next)
     if value is None or isinstance(value, bool | int | float | str):
         return Spec(Tree("const", value=value), lambda _: value)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise CaptureError("the model returns a number taken from a tensor's data (item()); return the tensor")
     if id(value) in above:
         raise CaptureError(f"an argument or result contains itself: a {type(value).__name__} inside itself")
     above = (*above, id(value))
@@ -56,6 +58,12 @@ def _flatten_sequence(value: Any, leaves: list[torch.Tensor], above: tuple[int, 
     if hasattr(value, "_fields"):  # a named tuple
         tree = Tree("object", children, tuple(value._fields), f"{kind.__module__}:{kind.__qualname__}")
         return Spec(tree, lambda tensors: kind(*(part.rebuild(tensors) for part in parts)))
+    if kind.__module__ == "torch.return_types":
+        names = tuple(f"{index}" for index in range(len(parts)))
+        tree = Tree("object", children, names, f"{kind.__module__}:{kind.__qualname__}")
+        return Spec(tree, lambda tensors: kind(part.rebuild(tensors) for part in parts))
+    if isinstance(value, torch.Size):
+        return Spec(Tree("tuple", children), lambda tensors: torch.Size(part.rebuild(tensors) for part in parts))
     container = list if isinstance(value, list) else tuple
     return Spec(Tree(container.__name__, children), lambda tensors: container(p.rebuild(tensors) for p in parts))
 

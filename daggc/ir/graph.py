@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from daggc.errors import IRError
 from daggc.ir.attrs import NO_ATTRS, Attrs
@@ -107,6 +108,10 @@ class Graph:
 
         Two transformer blocks have the same structure, and share one compiled function.
         """
+        return self._structure
+
+    @cached_property
+    def _structure(self) -> str:
         number: dict[str, int] = {}
         lines: list[str] = []
         for port in self.inputs:

@@ -86,6 +86,20 @@ def _pow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
     return mul(b, ct, scale(b, b.emit("pow_scalar", node.inputs[0], value=exponent - 1), exponent))
 
 
+def _remainder_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
+    (ct,) = cts
+    assert ct is not None
+    return ct, neg(b, mul(b, ct, b.emit("floor_divide", *node.inputs)))
+
+
+def _rpow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
+    base = node.attrs["value"]
+    if base == 0:  # zero where the exponent is not negative, as in torch
+        slope = scale(b, node.output, float("-inf"))
+        return where_zero(b, b.emit("lt_scalar", node.inputs[0], value=0), mul(b, ct, slope))
+    return mul(b, ct, scale(b, node.output, float(np.log(base)) if base > 0 else float("nan")))
+
+
 def _above(b: Builder, node: Node, ct: Value) -> Value:
     return where_zero(b, b.emit("ge_scalar", node.inputs[0], value=node.attrs["value"]), ct)
 
@@ -194,7 +208,7 @@ register_scalar(
 register_scalar(
     "pow",
     lambda x, value: np.power(value, x),
-    lambda b, n, ct: mul(b, ct, scale(b, n.output, float(np.log(n.attrs["value"])))),
+    _rpow_scalar_vjp,
     "torch.pow({1}, {0})",
     flops=10,
     prefix="r",
@@ -213,7 +227,7 @@ binary(
 binary(
     "remainder",
     np.remainder,
-    NOT_DIFFERENTIABLE,
+    _remainder_vjp,
     lambda b, n, ct: ct,
     "torch.remainder({0}, {1})",
     domain="positive",

@@ -33,6 +33,7 @@ from daggc.ops.opdef import (
 )
 from daggc.ops.shape import Cotangents, unsqueeze, whole_along
 from daggc.ops.slicing import axes_but_dim, slice_dim
+from daggc.ops.strided import import_as_strided, import_as_strided_scatter
 
 
 def _bounded(index: np.ndarray, size: int) -> np.ndarray:
@@ -326,7 +327,10 @@ register(
         cost=copy_cost,
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.scatter({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
-        aten=dict.fromkeys(("scatter.src", "scatter.value"), _import_scatter("scatter")),
+        aten={
+            **dict.fromkeys(("scatter.src", "scatter.value"), _import_scatter("scatter")),
+            "as_strided_scatter.default": import_as_strided_scatter,
+        },
         # One index a row: where indices repeat, the result is any of the sources.
         samples=(Sample((Arg(t(3, 4)), _index_arg(3, 1, below=4), Arg(t(3, 1))), {"dim": 1}),),
     )
@@ -419,7 +423,7 @@ register(
         cost=copy_cost,
         axes=_index_select_axes,
         lower=lambda node, args: f"torch.index_select({args[0]}, {node.attrs['dim']}, {args[1]})",
-        aten={"index_select.default": _import_index_select},
+        aten={"index_select.default": _import_index_select, "as_strided.default": import_as_strided},
         samples=(
             Sample((Arg(t(3, 4)), _index_arg(6, below=4)), {"dim": 1}),
             Sample((Arg(t(3, 2)), _index_arg(2, below=3)), {"dim": 0}),

@@ -31,7 +31,7 @@ WRT = {
 }
 # The rules are written for real numbers and do not conjugate. Of complex numbers they hold for what is linear
 # with real factors; torch differentiates what is behind a door.
-_COMPLEX_TOO = frozenset(
+COMPLEX_TOO = frozenset(
     [
         "add",
         "add_scalar",
@@ -190,7 +190,7 @@ def _pull_back(b: Builder, node: Node, cts: Sequence[Value | None], active: set[
     op = REGISTRY[node.op]
     if op.vjp is NOT_DIFFERENTIABLE:
         return [None] * len(node.inputs)
-    if node.op not in _COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs)):
+    if node.op not in COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs)):
         raise DifferentiationError(
             located(f"the VJP of {node.op!r} holds for real numbers, not for complex ones", node.path, node.source)
         )

@@ -134,8 +134,8 @@ def cpu_device(index: int = 0, memory: float = 8e9) -> Device:
 
 
 def gpu_device(index: int = 0, memory: float = 16e9) -> Device:
-    """``cuda:index``: an ordinary data-centre GPU, numbers in f32."""
-    return Device(f"cuda:{index}", "cuda", _GPU, 8e11, memory, overhead=1e-3, launch=1e-5)
+    """``gpu:index``: an ordinary data-centre GPU, numbers in f32."""
+    return Device(f"gpu:{index}", "cuda", _GPU, 8e11, memory, overhead=1e-3, launch=1e-5)
 
 
 def cluster_of(devices: Sequence[Device], link: Link | None = None) -> Cluster:

@@ -104,7 +104,8 @@ def find_callable(name: str) -> Callable[..., Any]:
     where, colon, attribute = name.rpartition(":")
     if not colon or not where:
         raise CaptureError(
-            f"a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; got {name!r}"
+            "a model is named path/to/file.py:factory or package.module:factory, or is a .dag or .json file; "
+            f"got {name!r}"
         )
     with _naming(name):
         module = _import(where)
@@ -182,14 +183,14 @@ def _has_gradient(program: Program) -> bool:
 
 
 def parse_devices(text: str) -> Cluster:
-    """Devices from ``2`` (two CPU workers) or ``cpu:0,cpu:1,cuda:0``. Raises PlanError for anything else."""
+    """Devices from ``2`` (two CPU workers) or ``cpu:0,cpu:1,gpu:0``. Raises PlanError for anything else."""
     if text.isdigit():
         return cluster_of([cpu_device(index) for index in range(int(text))])
-    makers = {"cpu": cpu_device, "cuda": gpu_device}
+    makers = {"cpu": cpu_device, "gpu": gpu_device}
     devices = []
     for name in text.split(","):
         kind, _, index = name.strip().partition(":")
         if kind not in makers or not index.isdigit():
-            raise PlanError(f"devices are a number of CPU workers or names such as cpu:0,cuda:1; got {name!r}")
+            raise PlanError(f"devices are a number of CPU workers or names such as cpu:0,gpu:1; got {name!r}")
         devices.append(makers[kind](int(index)))
     return cluster_of(devices)

@@ -7,6 +7,7 @@ and faulted in anew (a GPT's pipelined step took 3.20 s with them, 2.63 s with t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,12 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
         raise RunError(f"workers and threads are at least 1, got {count} and {threads}")
     with dask.config.set(dask_settings(threads)):
         cluster = LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=0
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",
+            memory_limit=0,
+            silence_logs=logging.ERROR,
         )
         with cluster, Client(cluster, timeout=60) as client:
             try:

@@ -105,6 +105,8 @@ class CompiledModule(nn.Module):
                 results = entry.executor.forward(inputs)[0]
         else:
             results = entry.function(inputs)
+        for (path, name), value in entry.captured.assigned.items():
+            setattr(self.model.get_submodule(path), name, value)
         return entry.out_spec.rebuild(iter(self.store_buffers(entry, results)))
 
     def entry(self, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:

@@ -71,7 +71,11 @@ class Pool:
         self._require_open()
         if self.client.scheduler is not None and self.client.scheduler.address.startswith("inproc"):
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # workers share our memory
-        (future,) = self.client.scatter([dict(tensors)], workers=[self.addresses[device]], hash=False)
+        try:
+            (future,) = self.client.scatter([dict(tensors)], workers=[self.addresses[device]], hash=False)
+        except (CommClosedError, KeyError, OSError, TimeoutError) as wrong:
+            self.check()  # the worker is gone
+            raise RunError(f"tensors could not be sent to {device}: {type(wrong).__name__}: {wrong}") from wrong
         return self.run_on(device, to_own_device, future) if device.startswith("gpu") else future
 
     def run_on(self, device: str, function: Callable[..., Any], *args: Any) -> Future:
@@ -134,10 +138,14 @@ class Pool:
             )
 
     def cancel(self, futures: Sequence[Future]) -> None:
-        """Forget futures and stop what has not begun for them; a scheduler that is gone has done so."""
-        if futures and self.client.status == "running":
-            with suppress(CommClosedError, OSError):
-                self.client.cancel(list(futures), force=True)
+        """Forget futures and stop what has not begun for them; a scheduler that is gone has done so.
+
+        Not by ``client.cancel``: the scheduler follows it to dependents that no client asked for, fails an
+        assertion, and drops the client with all its futures (dask 2026.8).
+        """
+        if self.client.status == "running":
+            for future in futures:
+                future.release()
 
 
 def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:

@@ -283,6 +283,7 @@ class WorkerHome:
         return {names[address]: records for address, records in found.items()}
 
     def close(self) -> None:
+        self.discard()
         if self.pool.client.status == "running":
             self.pool.client.run(store.drop, self._name)
             for key in self._shipped.values():

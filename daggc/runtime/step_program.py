@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from daggc.errors import CaptureError, RunError
+from daggc.errors import CaptureError
 from daggc.frontend.export import Capture, capture
-from daggc.ir.graph import Graph
+from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
@@ -113,7 +113,8 @@ class StepBuilder:
         else:
             rewritten = {size: self._rewritten(batch, size, analysis) for size in dict.fromkeys(sizes)}
         first = rewritten[sizes[0]]
-        plan = self._plan(batch, sizes, first.forward)
+        captured = self._capture(batch, sizes[0] if len(sizes) == 1 else max(2, sizes[0]))
+        plan = self._plan(batch, len(sizes), captured.program, first.forward)
         parts = {size: self._part(batch, micro, plan) for size, micro in rewritten.items()}
         devices = [stage.device for stage in plan.stages]
         step = step_graph(
@@ -126,8 +127,7 @@ class StepBuilder:
             chain_buffers=analysis is not None and not analysis.result.exact,
             donate=True,
         )
-        constants = self._capture(batch, sizes[0]).constants
-        held = {f"constant:{name}": tensor for name, tensor in constants.items()}
+        held = {f"constant:{name}": tensor for name, tensor in captured.constants.items()}
         return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held)
 
     def _analyse(self, batch: Batch, sizes: Sequence[int]) -> _Analysis:
@@ -136,7 +136,7 @@ class StepBuilder:
         forward, other = self._forward(batch, size), self._forward(batch, size + 1)
         result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
         constants, others = self._capture(batch, size).constants, self._capture(batch, size + 1).constants
-        if any(not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
+        if any(name in others and not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
             result = replace(result, mixing=Mixing("", "a constant of the model changes with the batch size"))
         return _Analysis(forward, other, result)
 
@@ -156,13 +156,12 @@ class StepBuilder:
         main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=self.options.split_backward)
         return Part(main, bodies, micro.denominators, batch.batched_names, "0")
 
-    def _plan(self, batch: Batch, sizes: Sequence[int], forward: Graph) -> Plan:
+    def _plan(self, batch: Batch, microbatches: int, program: Program, forward: Graph) -> Plan:
         """Plans are kept: a batch of another size must leave every parameter where it is."""
         nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
         key = nodes, tuple(self._wrt(batch, forward))
         if key not in self._plans:
-            program = self._capture(batch, sizes[0]).program
-            program = type(program)({"forward": forward}, provenance=program.provenance)
+            program = Program({"forward": forward}, provenance=program.provenance)
             self._plans[key] = plan_model(
                 program,
                 self.cluster,
@@ -170,7 +169,7 @@ class StepBuilder:
                 stages=self.options.stages,
                 pins=self.options.pins,
                 split_backward=self.options.split_backward,
-                microbatches=len(sizes),
+                microbatches=microbatches,
             )
         return self._plans[key]
 

@@ -196,8 +196,12 @@ class TrainStep:
         write_state(self.optimizer, self._groups, self.model, tensors, counts)
 
     def load_from_model(self) -> None:
-        """Take parameters, buffers and optimizer state from the model and optimizer, at the next step."""
+        """Take parameters, buffers and optimizer state from the model and optimizer, at the next step.
+
+        Waits for the steps under way, and raises what went wrong with them; called again, it goes on regardless.
+        """
         self._home.settle()
+        self._home.discard()
         self._unload(self.steps)
 
     def _unload(self, steps: int) -> None:

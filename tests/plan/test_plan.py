@@ -137,7 +137,7 @@ def test_all_devices_are_used_by_default() -> None:
 
 def test_a_gpu_takes_most_of_the_work() -> None:
     plan = plan_model(layered(12, tied=False, size=1024), Cluster((cpu_device(0), gpu_device(0)), Link(0.0, 1e12)))
-    assert plan.shares()["cuda:0"] > 0.5
+    assert plan.shares()["gpu:0"] > 0.5
 
 
 def test_bad_requests() -> None:

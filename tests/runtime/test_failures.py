@@ -53,6 +53,9 @@ class Fragile(nn.Module):
         return fragile(torch.cat([told, self.second(x)], 1), 1)[:, 1:]
 
 
+PINS = {"first*": "cpu:0", "second*": "cpu:1"}
+
+
 def fragile_model():
     torch.manual_seed(0)
     return Fragile().double()
@@ -69,8 +72,8 @@ def training(client, **options):
     run = Trained(fragile_model(), None)  # pyright: ignore
     run.optimizer = adamw(run.model)
     compiled = daggc.compile(run.model, client=client, **options)
-    stages = None if client is None or options else 2
-    return run, compiled.train_step(F.cross_entropy, run.optimizer, stages=stages)
+    pins = None if client is None or options else PINS
+    return run, compiled.train_step(F.cross_entropy, run.optimizer, pins=pins)
 
 
 def assert_nothing_left(client, seconds=5.0):
@@ -146,7 +149,7 @@ def mend() -> None:
 
 def test_an_update_that_fails_halfway_is_told_and_a_checkpoint_helps(two_workers, tmp_path):
     batches = points([6] * 4)
-    wanted, other = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=two_workers, stages=2)
+    wanted, other = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=two_workers, pins=PINS)
     other.close()
     run, step = training(two_workers)
     step(*batches[0])
@@ -162,6 +165,8 @@ def test_an_update_that_fails_halfway_is_told_and_a_checkpoint_helps(two_workers
     for use in (lambda: step(*batches[2]), step.sync, lambda: step.save(tmp_path / "d")):
         with at_most(10), pytest.raises(RunError, match=r"on cpu:\d.* between two steps; load a checkpoint"):
             use()
+    step.load_from_model()  # what it was when it was saved nowhere: the start
+    assert float(step(*batches[0])) == wanted.losses[0]
     step.load(path)
     run.losses = wanted.losses[:1] + [float(step(*batch)) for batch in batches[1:]]
     step.sync()
@@ -175,7 +180,7 @@ def test_a_worker_that_dies_in_mid_step(tmp_path):
     """A clear error soon; the others are left idle; from the checkpoint the numbers are those of no accident."""
     batches = points([6] * 4)
     with processes(2) as client:
-        wanted, step = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=client, stages=2)
+        wanted, step = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=client, pins=PINS)
         step.close()
         run, step = training(client)
         places = pool.pool_of(client).addresses

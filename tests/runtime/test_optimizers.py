@@ -26,7 +26,7 @@ VARIANTS = [
     (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     (SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
     (ADAM, {"lr": 0.01, "weight_decay": 0.1}),
-    (ADAM, {"lr": torch.tensor(0.01), "betas": (0.8, 0.95), "amsgrad": True}),
+    (ADAM, {"lr": torch.tensor(0.01, dtype=torch.float64), "betas": (0.8, 0.95), "amsgrad": True}),
     (ADAMW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
     (ADAMW, {"lr": 0.01, "eps": 1e-4, "foreach": True}),
 ]

@@ -133,6 +133,16 @@ def test_a_worker_killed_in_mid_run(victim: str) -> None:
         assert again(torch.ones(3)).tolist() == [16, 16, 16]
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_gone_before_anything_was_sent() -> None:
+    with processes(2) as client:
+        compiled = daggc.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), client=client, stages=2)
+        _kill_soon(client, compiled.pool.addresses["cpu:0"], 0).join()
+        _wait_until(lambda: compiled.pool.addresses["cpu:0"] not in client.nthreads())
+        with pytest.raises(WorkerLostError, match="worker cpu:0"):
+            compiled(torch.ones(2, 8))
+
+
 def test_a_worker_killed_between_forward_and_backward() -> None:
     with processes(2) as client:
         compiled = daggc.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), client=client, stages=2)

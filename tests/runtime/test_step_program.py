@@ -35,7 +35,8 @@ class PretendedPool:
     def __init__(self, devices: int, seed: int = 0, twice: bool = False) -> None:
         self.cluster = cluster_of([cpu_device(index) for index in range(devices)])
         self.addresses = {name: name for name in self.cluster.names}
-        self.client = SimpleNamespace(status="closed")
+        idle = SimpleNamespace(add_callback=lambda *_: None)
+        self.client = SimpleNamespace(status="running", loop=idle)
         self.random = random.Random(seed)
         self.twice = twice
         self.fail: tuple[int, str] | None = None

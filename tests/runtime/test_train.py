@@ -238,7 +238,7 @@ def test_train_and_eval_between_steps():
         loss = classify(eager.model, x, y)
         loss.backward()
         eager.optimizer.step()
-        eager.losses.append(float(loss))
+        eager.losses.append(loss.item())
         mine.losses.append(float(step(x, y)))
         assert len(step.step_program.sizes) == (2 if index % 3 == 1 else 1)
     step.sync()
@@ -406,4 +406,28 @@ def test_many_steps_leave_little_behind(two_workers, steps):
     assert_equal_numbers(run, eagerly(model, classify, adamw, batches))
     assert max(tasks) < 20 * 40 and max(tasks[3:]) <= 1.5 * max(tasks[:3])
     assert max(futures) < 40 and max(results) < 150, (futures, results)
+    step.close()
+
+
+class Scaled(nn.Module):
+    """Holds a tensor that is neither parameter nor buffer, and is another one for each length of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 4)
+        self.scales = {n: torch.linspace(1, n, 32, dtype=torch.float64) for n in (5, 8)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net((x[..., None] * self.scales[x.shape[1]]).mean((1, 2))[:, None])
+
+
+@pytest.mark.parametrize("client", [None, "two_workers"])
+def test_constants_are_those_of_the_batch_at_hand(client, request):
+    client = request.getfixturevalue(client) if client else None
+    torch.manual_seed(0)
+    model = Scaled().double()
+    batches = [(x[:, :length], y) for (x, y), length in zip(points([2, 2, 2, 3]), (8, 5, 8, 5), strict=True)]
+    got, step = stepwise(model, F.cross_entropy, adamw, batches, client=client, microbatches=2)
+    assert_equal_numbers(got, eagerly(model, classify, adamw, batches))
+    assert step.step_program.constants and step.step_program.sizes == (2, 1)
     step.close()

@@ -88,7 +88,7 @@ def read_options(arguments: Sequence[str] | None, vocabulary: int) -> Options:
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--block", type=int, default=64, help="characters the model sees at once")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--compare", type=int, default=30, help="first steps that eager PyTorch repeats")
+    parser.add_argument("--compare", type=int, default=20, help="first steps that eager PyTorch repeats")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for what is written")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples")
     given = parser.parse_args(arguments)
@@ -260,7 +260,7 @@ def compare(options: Options, text: Text, trained: Run) -> Comparison:
     model, optimizer, scheduler = make(options)
     losses: list[float] = []
     speeds: dict[int, float] = {}
-    for threads, count in ((1, options.compare), (options.workers, min(options.compare, 10))):
+    for threads, count in ((1, options.compare), (options.workers, min(options.compare, 5))):
         torch.set_num_threads(threads)
         begun = time.perf_counter()
         for _ in range(count):
