@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from daggc.errors import CaptureError, located
+from daggc.frontend.fx_import import is_user_file
 from daggc.frontend.opaque import capturing
 
 Place = tuple[str, str]  # module path, attribute name
@@ -62,7 +64,7 @@ class Attributes:
             if (known and self.contents[place] == now.contents[place]) or _is_torchs_own(model, place):
                 continue
             value = now.values.get(place)
-            if place not in now.values or not isinstance(value, _PLAIN):
+            if place not in now.values or not _is_plain(value):
                 raise CaptureError(located(_advice(name, value), path, forward_of(model, path)))
             changed[place] = value
         return changed
@@ -77,6 +79,11 @@ class Attributes:
         for container, copy in self.copies:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(copy)
+
+
+def contents(value: Any) -> Any:
+    """What lists, dicts and sets hold, comparable with ``==``; other objects by identity."""
+    return _contents(value, [])
 
 
 def _contents(value: Any, copies: list[tuple[Any, Any]], above: tuple[int, ...] = ()) -> Any:
@@ -112,6 +119,10 @@ def _is_torchs_own(model: nn.Module, place: Place) -> bool:
         return True
     hooks = module._forward_pre_hooks.values()
     return any(isinstance(hook, SpectralNorm | WeightNorm) and hook.name == name for hook in hooks)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _advice(name: str, value: Any) -> str:
@@ -203,11 +214,17 @@ def refusing_what_export_drops() -> Iterator[None]:
         )
 
     no_hooks = "forward puts a hook on a tensor, which daggc would not run; write it as an autograd.Function"
+    inference = "forward uses torch.inference_mode, which daggc does not keep; use torch.no_grad instead"
     places = (
         (torch.Tensor, "register_hook", lambda *_, **__: no_hooks),
         (torch.Tensor, "register_post_accumulate_grad_hook", lambda *_, **__: no_hooks),
         (torch.autograd, "backward", lambda *_, **__: "forward calls backward(); use torch.autograd.grad"),
-        (torch, "manual_seed", lambda *_, **__: "forward seeds torch's generator, which random ops of daggc do not use"),
+        (
+            torch,
+            "manual_seed",
+            lambda *_, **__: "forward seeds torch's generator, which random ops of daggc do not use",
+        ),
+        (torch.inference_mode, "__enter__", lambda *_: inference if _called_by_user() else ""),
         (nn.TransformerEncoder, "forward", nested),
     )
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
@@ -218,6 +235,14 @@ def refusing_what_export_drops() -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+
+
+def _called_by_user() -> bool:
+    """Whether a guarded function was called in the user's code rather than by torch itself."""
+    frame = sys._getframe(3)  # past this, the reason and the guard
+    while frame.f_back is not None and frame.f_code.co_filename.endswith("_contextlib.py"):  # used as a decorator
+        frame = frame.f_back
+    return is_user_file(frame.f_code.co_filename)
 
 
 def _guarded(original: Any, reason: Any) -> Any:

@@ -18,7 +18,14 @@ from torch import nn
 
 from daggc.errors import CaptureError, DaggcError, located
 from daggc.frontend.dtypes import ir_type
-from daggc.frontend.effects import Attributes, Place, keeping_buffers, refuse_counting, refusing_what_export_drops
+from daggc.frontend.effects import (
+    Attributes,
+    Place,
+    contents,
+    keeping_buffers,
+    refuse_counting,
+    refusing_what_export_drops,
+)
 from daggc.frontend.fx_import import import_exported, is_user_file, short_source
 from daggc.frontend.gradient_stops import mark_gradient_stops
 from daggc.frontend.opaque import recording
@@ -58,9 +65,11 @@ class _Flat(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._in_spec.rebuild(iter(leaves))
-        before = Attributes.of(self.model)
+        before, given = Attributes.of(self.model), contents((args, kwargs))
         with keeping_buffers(self.model):
             result = self._call(self.model, *args, **kwargs)
+        if contents((args, kwargs)) != given:
+            raise CaptureError("forward changes a list or dict that it was given; copy it first, and return the copy")
         assigned = before.changes(self.model)
         tensors, spec = flatten(result)
         self._note((spec, assigned))

@@ -278,7 +278,8 @@ class _Importer:
 
 def _complex_without_rule(node: Node) -> bool:
     """Whether only torch knows a derivative: most rules hold for real numbers. What was emitted stays unused."""
-    return node.op not in COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs))
+    known = node.op in COMPLEX_TOO or not node.inputs
+    return not known and any(value.type.is_complex for value in (*node.inputs, *node.outputs))
 
 
 def _refuse_data_dependent(node: fx.Node) -> None:

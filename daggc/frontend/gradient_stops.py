@@ -38,7 +38,7 @@ def mark_gradient_stops(root: fx.GraphModule) -> None:
             for node in list(module.graph.nodes):
                 if node.op == "call_function":
                     _mark(module, node)
-                    _refuse_writes_without_gradient(module, node)
+                    _stop_writes(module, node)
             _refuse_writes(module)
             module.recompile()
 
@@ -48,8 +48,7 @@ def _mark(module: fx.GraphModule, node: fx.Node) -> None:
         node.target = torch.ops.daggc.stop_gradient.default
     if _is_no_grad(node):
         for item in list(node.users):
-            value = item.meta.get("val")
-            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            if _is_differentiable(item):
                 _stop_after(module, item)
 
 
@@ -64,6 +63,10 @@ def _refuse_writes(module: fx.GraphModule) -> None:
     """In eager a detached tensor shares memory with its source; the marked one does not."""
     for node in module.graph.nodes:
         written = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.embedding_renorm_.default:
+            raise CaptureError(
+                "an embedding with max_norm rewrites its weight in forward; scale the weight after each optimizer step"
+            )
         if _is_write(node) and _views_a_stop(written):
             raise CaptureError(
                 f"{node.target} writes in place to a tensor that was detached or made under torch.no_grad(); "
@@ -71,20 +74,33 @@ def _refuse_writes(module: fx.GraphModule) -> None:
             )
 
 
-def _refuse_writes_without_gradient(module: fx.GraphModule, region: fx.Node) -> None:
-    """In eager a write under no_grad to a tensor that has a gradient leaves that gradient as it was."""
+def _stop_writes(module: fx.GraphModule, region: fx.Node) -> None:
+    """What is written in place under no_grad has no gradient, in tensors made outside (buffers, say) as well.
+
+    Raises CaptureError if such a tensor has a gradient itself: eager would leave it as it was before the write.
+    """
     if not _is_no_grad(region):
         return
     body = getattr(module, str(region.args[1].target))  # pyright: ignore  # a get_attr node
     operands = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), region.args[2:], strict=True))
-    for node in body.graph.nodes:
-        written = _base(node.args[0]) if _is_write(node) else None
-        outer = _base(operands.get(written))  # pyright: ignore[reportArgumentType]
+    for node in [node for node in body.graph.nodes if _is_write(node)]:
+        outer = _base(operands.get(_base(node.args[0])))  # pyright: ignore[reportArgumentType]
         if isinstance(outer, fx.Node) and outer.op == "call_function" and _has_gradient(outer):
             raise CaptureError(
                 f"{node.target} writes in place, under torch.no_grad(), to a tensor that has a gradient, which daggc "
                 "cannot keep; write outside of torch.no_grad(), or to a detached clone"
             )
+        for source in {arg for arg in node.args[1:] if isinstance(arg, fx.Node) and _is_differentiable(arg)}:
+            with body.graph.inserting_before(node):
+                stop = body.graph.call_function(torch.ops.daggc.stop_gradient.default, (source,))
+            stop.meta = dict(source.meta)
+            node.replace_input_with(source, stop)
+    body.recompile()
+
+
+def _is_differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _is_no_grad(node: fx.Node) -> bool:

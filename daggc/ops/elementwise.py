@@ -19,6 +19,7 @@ from daggc.ops.build import (
     Operand,
     broadcast_together,
     cast,
+    full,
     kind,
     result_dtype,
 )
@@ -139,6 +140,9 @@ def unary(
     )
 
 
+_REVERSED = ("sub", "div", "pow")  # those with an op for a scalar as the first operand
+
+
 def import_binary(op: str, operand_dtype: Callable[[str], str], commutes: bool) -> Importer:
     """Promote, broadcast, and choose between the op of two tensors and the op with a scalar."""
 
@@ -151,7 +155,9 @@ def import_binary(op: str, operand_dtype: Callable[[str], str], commutes: bool) 
         assert isinstance(y, Value), "one operand is a tensor"
         if commutes:
             return b.emit(f"{op}_scalar", cast(b, y, dtype), value=x)
-        return b.emit(f"r{op}_scalar", cast(b, y, dtype), value=x)
+        if op in _REVERSED:
+            return b.emit(f"r{op}_scalar", cast(b, y, dtype), value=x)
+        return b.emit(op, full(b, x, y.type.shape, dtype), cast(b, y, dtype))
 
     return importer
 
