@@ -209,7 +209,7 @@ def _explain(wrong: Exception) -> str:
             f"({first}); use torch.where, or mark the function with @daggc.opaque"
         )
     if "fake tensor in the exported program constant's list" in first:
-        return "forward uses the .data of a tensor, which export cannot follow; use .detach(), and torch.no_grad() to write"
+        return "forward uses the .data of a tensor, which export cannot follow; use detach(), or torch.no_grad()"
     if "TensorWrapper" in first:
         return f"torch.func inside a model's forward cannot be captured ({first}); use torch.autograd.grad"
     return f"torch.export could not capture the model: {type(wrong).__name__}: {first}"

@@ -312,7 +312,7 @@ def _drops_nothing(node: fx.Node, target: torch._ops.OpOverload) -> bool:
         return False
     given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
     given.update(node.kwargs)
-    return given["num_layers"] == 1 or not given["dropout"] or not given["train"]
+    return bool(given["num_layers"] == 1 or not given["dropout"] or not given["train"])
 
 
 def _channels_last(node: fx.Node) -> bool:

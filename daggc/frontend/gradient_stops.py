@@ -104,8 +104,9 @@ def _is_differentiable(node: fx.Node) -> bool:
 
 
 def _is_no_grad(node: fx.Node) -> bool:
-    region = isinstance(node.target, torch._ops.HigherOrderOperator)
-    return region and node.target.name() == "wrap_with_set_grad_enabled" and node.args[0] is False
+    target = node.target
+    region = isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "wrap_with_set_grad_enabled"
+    return region and node.args[0] is False
 
 
 def _is_write(node: Any) -> bool:

@@ -18,7 +18,7 @@ from daggc.ops.opdef import require
 def _positions(b: Builder, x: Value, size: Sequence[int], stride: Sequence[int], offset: int) -> Value:
     """Of each element of the window, its position in the flattened tensor: i64[number of elements]."""
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    inside = 0 in size or (0 <= offset and min(stride, default=0) >= 0 and last < x.type.numel)
+    inside = 0 in size or (offset >= 0 and min(stride, default=0) >= 0 and last < x.type.numel)
     require(inside, f"a window inside {x.type} is required, got {list(size)} by {list(stride)} from {offset}")
     places = full(b, offset, size, "i64")
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
