@@ -61,8 +61,12 @@ def _pull_back(
     given = _cotangents(entry, executor, cotangent)
     backward = executor.backward_tasks(sources, given, new_token())
     emission = Emission(
-        forward.tasks | backward.tasks, forward.device | backward.device, forward.priority | backward.priority
+        tasks=forward.tasks | backward.tasks,
+        device=forward.device | backward.device,
+        priority=forward.priority | backward.priority,
+        calls=[*forward.calls, *backward.calls],
     )
+
     thunks: dict[str, Thunk] = {}
     for port in executor.program.backward.outputs:
         found = backward.outputs[port.ref]

@@ -48,7 +48,7 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
     """A client of ``count`` worker processes on this machine; all of it is closed at the end, whatever happens.
 
     Args:
-        count: worker processes; each runs one task at a time.
+        count: worker processes; each computes one task at a time.
         threads: torch threads inside a task. Results depend on it in their last bits.
 
     Raises:
@@ -59,7 +59,7 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
     with dask.config.set(dask_settings(threads)):
         cluster = LocalCluster(
             n_workers=count,
-            threads_per_worker=1,
+            threads_per_worker=2,  # one computes, one sends
             processes=True,
             dashboard_address=":0",
             memory_limit=0,

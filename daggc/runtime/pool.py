@@ -23,7 +23,7 @@ from daggc.backend.dask_graph import Emission
 from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
-from daggc.runtime.worker import Facts, ProgramPlugin, describe, to_own_device
+from daggc.runtime.worker import COMPUTING, Facts, ProgramPlugin, describe, offer_computing, to_own_device
 
 _POLL = 0.5  # seconds between looks at the workers while waiting
 _ANSWER = 20  # seconds within which a scheduler that lives answers
@@ -59,9 +59,11 @@ class Pool:
         anywhere = list(addresses.values())
         workers = {key: addresses[device] for key, device in emission.device.items()}
         priority = emission.priority
+        computing = {*emission.calls, *(found.key for found in emission.updates.values())}
         with dask.annotate(
             workers=lambda key: workers.get(key, anywhere),
             priority=lambda key: priority.get(key, 0),
+            resources=lambda key: {COMPUTING: 1} if key in computing else {},
             allow_other_workers=False,
         ):
             return self.client.get(emission.tasks, list(keys), sync=False)
@@ -163,6 +165,7 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
         raise RunError("the Dask client is closed; open another")
     try:  # describing themselves, workers import this package, and with it how tensors travel
         facts: dict[str, Facts] = client.run(describe, on_error="raise")
+        client.run(offer_computing, on_error="raise")
     except (CommClosedError, OSError, TimeoutError) as wrong:
         raise RunError(f"the Dask cluster does not answer: {wrong}") from wrong
     if not facts:

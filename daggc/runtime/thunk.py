@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dask.base import DaskMethodsMixin
@@ -81,7 +82,7 @@ def join_thunk(
 ) -> Thunk:
     """A thunk of ``assemble(values)``, over values found in several tasks."""
     key = f"daggc.result-{new_token()}"
-    joined = Emission(dict(emission.tasks), dict(emission.device), dict(emission.priority))
+    joined = replace(emission, tasks=dict(emission.tasks))
     add_join(joined, key, _Join(assemble), found)
     return Thunk(joined, key, pool, keep)
 

@@ -52,6 +52,18 @@ class Facts:
     cpu_capability: str
 
 
+COMPUTING = "daggc-computing"  # a Dask resource, of which every worker has one
+
+
+async def offer_computing(dask_worker: Any) -> None:
+    """Give a worker the resource that tasks which compute hold; runs there.
+
+    One computes at a time, whatever the number of Dask threads; a second thread sends results meanwhile. With
+    one thread a result waits for the task that computes next before it is sent.
+    """
+    await dask_worker.set_resources(**{COMPUTING: 1})
+
+
 def describe(dask_worker: Any = None) -> Facts:
     """Ask a worker what it is; runs there."""
     device = own_device()
