@@ -100,6 +100,16 @@ def test_split_and_join_are_inverse(program: Program):
         assert_same_bits(apart[port.ref], array, port.ref)
 
 
+def _well_conditioned(graph: Graph, arrays: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
+    """Whether results hardly move with the inputs' last digits: two ways to round may then be compared.
+
+    The scale of a layer norm over equal numbers, for one, is a large multiple of rounding errors.
+    """
+    nudged = interpret_graph(graph, [a * (1 + 1e-12) if a.dtype == np.float64 else a for a in arrays])
+    pairs = [(a, b) for a, b in zip(wanted, nudged, strict=True) if a.dtype == np.float64 and a.size]
+    return all(np.abs(a - b).max() <= 1e-10 * max(1.0, np.abs(a).max()) for a, b in pairs)
+
+
 @given(SMOOTH)
 def test_backward_in_torch_agrees_with_the_interpreter(program: Program):
     after = vjp(program)
@@ -108,6 +118,7 @@ def test_backward_in_torch_agrees_with_the_interpreter(program: Program):
     arrays = [inputs[port.ref] for port in joint.inputs]
     wanted = interpret_graph(joint, arrays)
     assume(tame(*(array for array in wanted if array.dtype.kind == "f")))
+    assume(_well_conditioned(joint, arrays, wanted))
     for port, got, want in zip(joint.outputs, run_torch(joint, arrays), wanted, strict=True):
         assert_close(got, want, port.ref, tolerance=1e-9 if want.dtype == np.float64 else None)
 
