@@ -42,7 +42,11 @@ def test_generated_code_gives_declared_types_and_leaves_inputs_alone(program: Pr
     graph = program.forward
     arrays = list(random_inputs(graph).values())
     tensors = [to_torch(array) for array in arrays]
-    results = compile_graph(graph)(tensors)
+    try:
+        results = compile_graph(graph)(tensors)
+    except RunError as wrong:
+        assume(not isinstance(wrong.__cause__, NotImplementedError))  # torch has no bf16 avg_pool3d on a CPU
+        raise
     for port, tensor in zip(graph.outputs, results, strict=True):
         assert not tensor.requires_grad
         assert tuple(tensor.shape) == port.value.type.shape
