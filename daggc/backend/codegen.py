@@ -44,7 +44,8 @@ class Compiled:
         Raises RunError naming the user's module and source line of the node that failed.
         """
         try:
-            with torch.no_grad():
+            # casts are in the graph: autocast around the call has nothing to add
+            with torch.no_grad(), torch._C._DisableAutocast():
                 return self.function(torch.device(device), *inputs)
         except DaggcError:
             raise
@@ -55,11 +56,12 @@ class Compiled:
         """The node whose generated line is in the traceback."""
         trace = wrong.__traceback__
         lines = self.source.splitlines()
-        while trace is not None:
+        found = ""
+        while trace is not None:  # the innermost: inside a branch, not at the node that has it
             if trace.tb_frame.f_code.co_filename == self.filename:
-                return f"\n  in generated code, line {trace.tb_lineno}: {lines[trace.tb_lineno - 1].strip()}"
+                found = f"\n  in generated code, line {trace.tb_lineno}: {lines[trace.tb_lineno - 1].strip()}"
             trace = trace.tb_next
-        return ""
+        return found
 
 
 _CACHE: OrderedDict[str, Compiled] = OrderedDict()
@@ -85,15 +87,30 @@ def compile_graph(graph: Graph) -> Compiled:
 
 
 def generate(graph: Graph) -> str:
-    """The Python source of a graph: ``def name(device, *inputs)`` that returns a tuple."""
-    names = _names(graph)
+    """The Python source of a graph: ``def name(device, *inputs)`` that returns a tuple.
+
+    Graphs inside its nodes are functions of their own, defined before it.
+    """
+    functions: list[str] = []
+    _generate(graph, _function_name(graph), functions)
+    return "\n\n".join(functions)
+
+
+def _generate(graph: Graph, function: str, functions: list[str]) -> None:
+    """Append the source of a graph's function, after those of the graphs inside."""
+    inner: dict[int, list[str]] = {}
+    for index, node in enumerate(graph.nodes):
+        for nested in node.attrs.graphs:
+            inner.setdefault(index, []).append(f"{function}__{sum(map(len, inner.values()))}")
+            _generate(nested, inner[index][-1], functions)
+    names = _names(graph, {name for nested in inner.values() for name in nested})
     last_use = _last_uses(graph)
     parameters = ", ".join(["device", *(names[port.value.name] for port in graph.inputs)])
-    lines = [f"def {_function_name(graph)}({parameters}):"]
+    lines = [f"def {function}({parameters}):"]
     for index, node in enumerate(graph.nodes):
         op = REGISTRY[node.op]
         _refuse_code(node)
-        expression = op.lower(node, [names[value.name] for value in node.inputs])
+        expression = op.lower(node, [*inner.get(index, ()), *(names[value.name] for value in node.inputs)])
         targets = ", ".join(names[value.name] for value in node.outputs)
         if len(node.outputs) == 1 and expression.startswith("("):
             expression = expression.strip()
@@ -104,12 +121,12 @@ def generate(graph: Graph) -> str:
             lines.append(f"    del {', '.join(dead)}")
     results = "".join(f"{names[port.value.name]}, " for port in graph.outputs)
     lines.append(f"    return ({results.rstrip()})" if results else "    return ()")
-    return "\n".join(lines) + "\n"
+    functions.append("\n".join(lines) + "\n")
 
 
 # Programs come from files, and attributes end up in source: no text that could call anything may get there.
 _HARMLESS = re.compile(r"[\w.,:>\- ]*")
-_QUOTED = ("call", "python.call", "torch.call")  # their lowering writes attributes as literals only
+_QUOTED = ("call", "check", "python.call", "torch.call")  # their lowering writes attributes as literals only
 
 
 def _refuse_code(node: Node) -> None:
@@ -141,10 +158,10 @@ def _last_uses(graph: Graph) -> dict[int, list[str]]:
 _RESERVED = frozenset((*dir(builtins), "device", "graphs", "kernels", "torch"))  # what generated code refers to
 
 
-def _names(graph: Graph) -> dict[str, str]:
-    """A distinct Python identifier for each value."""
+def _names(graph: Graph, functions: set[str]) -> dict[str, str]:
+    """A distinct Python identifier for each value, none of them a function's."""
     names: dict[str, str] = {}
-    taken = set(_RESERVED)
+    taken = {*_RESERVED, *functions}
     for value in graph.values():
         names[value.name] = name = _distinct(value, taken)
         taken.add(name)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from daggc.errors import CaptureError, DaggcError, located
+from daggc.errors import CaptureError, DaggcError, DataDependentError, located
+from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_state, explicit_casts
+from daggc.frontend.branches import Answers, Decisions, decisions_of
 from daggc.frontend.dtypes import ir_type
 from daggc.frontend.effects import (
     Attributes,
@@ -30,6 +32,9 @@ from daggc.frontend.fx_import import import_exported, is_user_file, short_source
 from daggc.frontend.gradient_stops import mark_gradient_stops
 from daggc.frontend.opaque import recording
 from daggc.frontend.pytree import Spec, flatten
+from daggc.frontend.quiet import without_export_reports
+from daggc.frontend.running_statistics import functional_statistics
+from daggc.frontend.stand_ins import StandIns
 from daggc.ir.graph import Program
 
 
@@ -43,6 +48,7 @@ class Capture:
         trainable: names of parameters that require gradients (canonical names of tied ones).
         constants: tensors that are part of the model but neither parameters nor buffers, by port target.
         assigned: the plain values that each call sets attributes to, by module path and name.
+        answers: numbers of tensors that the model's Python decided on; the program checks them (see branches.py).
     """
 
     program: Program
@@ -51,13 +57,17 @@ class Capture:
     trainable: frozenset[str]
     constants: Mapping[str, torch.Tensor]
     assigned: Mapping[Place, Any] = field(default_factory=dict)
+    answers: Answers = ()
 
 
 class _Flat(nn.Module):
     """The model as a function from a list of tensors to a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, call: Call, in_spec: Spec, note: Callable[[_Noted], None]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, in_spec: Spec, note: Callable[[_Noted], None], answers: Answers = ()
+    ) -> None:
         super().__init__()
+        self._answers = answers
         self.model = model
         self._call = call
         self._in_spec = in_spec
@@ -66,26 +76,36 @@ class _Flat(nn.Module):
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._in_spec.rebuild(iter(leaves))
         before, given = Attributes.of(self.model), contents((args, kwargs))
-        with keeping_buffers(self.model):
+        decisions = Decisions(self._answers)
+        with keeping_buffers(self.model), decisions if self._answers else nullcontext():
             result = self._call(self.model, *args, **kwargs)
         if contents((args, kwargs)) != given:
             raise CaptureError("forward changes a list or dict that it was given; copy it first, and return the copy")
         assigned = before.changes(self.model)
         tensors, spec = flatten(result)
         self._note((spec, assigned))
-        return tuple(tensors)
+        return tuple(decisions.checked(tensors))
 
 
 Call = Callable[..., Any]  # (model, *args, **kwargs) -> result
 _Noted = tuple[Spec, dict[Place, Any]]  # of the result, and what was assigned to attributes
 
 
-def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What is captured unless a caller says otherwise: the model alone."""
     return model(*args, **kwargs)
 
 
+def _under_autocast(call: Call, state: State) -> Call:
+    def under_autocast(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with autocast_of(state):
+            return call(model, *args, **kwargs)
+
+    return under_autocast
+
+
 def capture(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, call: Call = _plain_call
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, call: Call = plain_call
 ) -> Capture:
     """Capture a model at the shapes of its example inputs, in the mode (train or eval) each module is in.
 
@@ -98,18 +118,30 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a model is a torch.nn.Module, got a {type(model).__name__}")
+    if state := autocast_state():  # around the call: as if it were inside
+        with autocast_off():
+            return capture(model, args, kwargs, _under_autocast(call, state))
     _refuse_hooks(model)
     leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
     for leaf in leaves:
         ir_type(leaf)  # refuses what the IR cannot hold
     before = Attributes.of(model)
+    answers: Answers = ()
     try:
-        captured = _capture(model, call, leaves, in_spec)
+        try:
+            captured = _capture(model, call, leaves, in_spec)
+        except DataDependentError:
+            before.restore(model)
+            with _explained(model):
+                answers = decisions_of(model, call, *in_spec.rebuild(iter([leaf.detach().clone() for leaf in leaves])))
+            if not answers:
+                raise
+            captured = _capture(model, call, leaves, in_spec, answers)
         if not captured.assigned:
             return captured
         old = before.values
         _assign(model, captured.assigned)
-        again = _capture(model, call, leaves, in_spec)
+        again = _capture(model, call, leaves, in_spec, answers)
         if again.assigned or str(again.program) != str(captured.program):
             place, new = next(iter((again.assigned or captured.assigned).items()))
             refuse_counting(model, place, old.get(place), new)
@@ -121,14 +153,17 @@ def capture(
     return replace(again, assigned=captured.assigned)
 
 
-def _capture(model: nn.Module, call: Call, leaves: Sequence[torch.Tensor], in_spec: Spec) -> Capture:
+def _capture(
+    model: nn.Module, call: Call, leaves: Sequence[torch.Tensor], in_spec: Spec, answers: Answers = ()
+) -> Capture:
     noted: list[_Noted] = []
-    flat = _Flat(model, call, in_spec, noted.append)
+    flat = _Flat(model, call, in_spec, noted.append, answers)
     before = Attributes.of(model)
     with _explained(model), recording(), refusing_what_export_drops(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(flat, tuple(leaves), strict=False)
+            with StandIns(), functional_statistics(), explicit_casts(), without_export_reports():
+                exported = torch.export.export(flat, tuple(leaves), strict=False)
         finally:
             before.restore(model)
         mark_gradient_stops(exported.graph_module)
@@ -138,7 +173,7 @@ def _capture(model: nn.Module, call: Call, leaves: Sequence[torch.Tensor], in_sp
     graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical)
     program = Program({"forward": graph}, in_spec.tree, out_spec.tree, tied, ("capture",))
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Capture(program, in_spec, out_spec, trainable, constants, assigned)
+    return Capture(program, in_spec, out_spec, trainable, constants, assigned, answers)
 
 
 def _assign(model: nn.Module, values: Mapping[Place, Any]) -> None:
@@ -193,10 +228,20 @@ def _explained(model: nn.Module) -> Iterator[None]:
         yield
     except DaggcError as wrong:
         path, source = _user_frame(wrong, model)
-        raise CaptureError(located(str(wrong), path, source)) from wrong
+        kind = DataDependentError if isinstance(wrong, DataDependentError) else CaptureError
+        raise kind(located(str(wrong), path, source)) from wrong
     except Exception as wrong:
         path, source = _user_frame(wrong, model)
-        raise CaptureError(located(_explain(wrong), path, source)) from wrong
+        raise _kind(wrong)(located(_explain(wrong), path, source)) from wrong
+
+
+def _kind(wrong: Exception) -> type[CaptureError]:
+    """Whether export failed for the want of numbers."""
+    kinds = [cls.__name__ for cls in type(wrong).__mro__]
+    data_dependent = any("DataDependent" in kind or "Unbacked" in kind for kind in kinds)
+    first = str(wrong).strip().split("\n")[0]
+    wants = "data-dependent" in str(wrong) or "Could not guard" in first or "Could not extract" in first
+    return DataDependentError if data_dependent or wants else CaptureError
 
 
 def _explain(wrong: Exception) -> str:

@@ -14,20 +14,30 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from daggc.errors import CaptureError, IRError, TypeRuleError, located
+from daggc.errors import CaptureError, DataDependentError, IRError, TypeRuleError, located
+from daggc.frontend.control_flow import import_control_flow
 from daggc.frontend.dtypes import FROM_TORCH, ir_dtype, ir_type
 from daggc.frontend.pytree import input_names
 from daggc.ir.attrs import Dense
 from daggc.ir.builder import Builder
-from daggc.ir.graph import Graph, Node, Value
+from daggc.ir.graph import Graph, Value
 from daggc.ir.tree import Tree
 from daggc.ops import REGISTRY
 from daggc.ops.call import declare
-from daggc.passes.vjp import COMPLEX_TOO
+from daggc.passes.vjp import has_rule
 
 _RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
 _SMALL = 16  # elements; larger constants of the model become ports, so that text stays readable
 _PLACEMENT = ("device", "layout", "pin_memory")  # arguments that are the planner's business
+_WRONG_STATISTICS = (
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+    torch.ops.aten._batch_norm_with_update_functional.default,
+)
+_CONSTANT_STATISTICS = (
+    *_WRONG_STATISTICS,
+    torch.ops.aten._native_batch_norm_legit.no_stats,
+    torch.ops.aten.native_layer_norm.default,
+)
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")  # the shapes are static and checked by us
 
 
@@ -111,7 +121,7 @@ def _outputs(importer: _Importer, exported: ExportedProgram, out_tree: Tree, can
 
 def dense(tensor: torch.Tensor) -> Dense:
     """A constant of the program's text."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
     return Dense(ir_type(tensor), data)
 
@@ -123,6 +133,10 @@ class _Importer:
         self.b = b
         self.root = root
         self.values: dict[fx.Node, Any] = {}
+
+    def inside(self, b: Builder, module: torch.nn.Module) -> _Importer:
+        """An importer of a module whose nodes go into another graph."""
+        return _Importer(b, module)
 
     def value(self, node: Any) -> Value:
         value = self.values[node]
@@ -148,15 +162,20 @@ class _Importer:
         args = [self.argument(arg) for arg in node.args]
         kwargs = {key: self.argument(arg) for key, arg in node.kwargs.items()}
         if target is operator.getitem:
-            return args[0][args[1]]
+            return self.item(node.args[0], *args)
         if isinstance(target, torch._ops.HigherOrderOperator):
-            return self.inline(target.name(), args)
+            results = import_control_flow(self, target.name(), args)
+            return self.inline(target.name(), args) if results is None else results
         if not isinstance(target, torch._ops.OpOverload):
             raise CaptureError(located(f"{target} is not an operation on tensors", *provenance(node)))
         if target._schema.name.split("::")[1] in _CHECKS:
             return None
         if target is torch.ops.daggc.stop_gradient.default:
             return self.b.emit("stop_gradient", *args)
+        if target is torch.ops.daggc.decides.default:
+            return args[0]
+        if target is torch.ops.daggc.check.default:
+            return self.check_branch(node, *args)
         if target is torch.ops.daggc.python_call.default:
             return self.python_call(node, *args)
         if target._schema.name.startswith("aten::as_strided"):
@@ -166,15 +185,22 @@ class _Importer:
         _refuse_data_dependent(node)
         start = len(self.b.nodes)
         results = self.portable(target, args, kwargs)
-        if results is None or any(_complex_without_rule(made) for made in self.b.nodes[start:]):
+        if results is None or not all(map(has_rule, self.b.nodes[start:])):
             results = self.torch_call(node, target)
         self.check(node, results)
         return results
 
+    def item(self, source: Any, results: Any, index: int) -> Any:
+        """One output of an op; statistics of a batch or layer have no gradient in torch."""
+        value = results[index]
+        if isinstance(value, Value) and index in (1, 2) and source.target in _CONSTANT_STATISTICS:
+            return self.b.emit("stop_gradient", value)
+        return value
+
     def portable(self, target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Through an importer of the op table, or None if there is none that takes this form of the op."""
         namespace, name = target._schema.name.split("::")
-        importer = REGISTRY.importers.get(f"{name}.{target._overloadname}") if namespace == "aten" else None
+        importer = REGISTRY.importers.get(f"{name}.{target._overloadname}") if namespace in ("aten", "daggc") else None
         if importer is None:
             return None
         try:
@@ -212,13 +238,15 @@ class _Importer:
         types = [ir_type(meta) for meta in node.meta["val"]]
         return self.b.emit_many("python.call", *inputs, target=target, args=json.loads(spec), **declare(types))
 
+    def check_branch(self, node: fx.Node, x: Value, found: Value, expected: list[int]) -> Value:
+        """Fail if the model's Python would decide otherwise than it did here, naming the line that decides."""
+        with self.b.at(*provenance(node.args[1])):  # pyright: ignore[reportArgumentType]  # a node, by our schema
+            return self.b.emit("check", x, found, expected=tuple(expected))
+
     def inline(self, name: str, args: list[Any]) -> Any:
-        """``torch.no_grad`` and disabled autocast regions: their body in place."""
+        """``torch.no_grad`` regions: their body in place."""
         if name == "wrap_with_set_grad_enabled":
             enabled, body, *operands = args
-        elif name == "wrap_with_autocast" and args[2] is False:
-            _, _, _, _, body, *operands = args
-            enabled = True
         else:
             raise CaptureError(f"higher-order op {name} cannot be captured; take it out of the model")
         values: dict[fx.Node, Any] = {}
@@ -263,23 +291,24 @@ class _Importer:
 
     def check(self, node: fx.Node, results: Any) -> None:
         """Refuse an import whose types are not the ones torch computed: nothing may change silently."""
-        if node.target is torch.ops.aten._native_batch_norm_legit_functional.default:
+        if node.target in _WRONG_STATISTICS:
             results = results[:1]  # torch declares the wrong dtype for statistics of 16-bit models
         metas = node.meta.get("val")
         pairs = zip(results, metas, strict=False) if isinstance(metas, tuple | list) else ((results, metas),)
         for value, meta in pairs:
-            if isinstance(value, Value) and isinstance(meta, torch.Tensor) and meta.dtype in FROM_TORCH:
+            if isinstance(value, Value) and isinstance(meta, torch.Tensor):
+                if meta.dtype not in FROM_TORCH:
+                    raise CaptureError(
+                        located(
+                            f"{node.target} gives {meta.dtype}; daggc has the dtypes {', '.join(FROM_TORCH.values())}",
+                            *provenance(node),
+                        )
+                    )
                 expected = ir_type(meta)
                 if value.type != expected:
                     raise CaptureError(
                         located(f"{node.target} was imported as {value.type}, it is {expected}", *provenance(node))
                     )
-
-
-def _complex_without_rule(node: Node) -> bool:
-    """Whether only torch knows a derivative: most rules hold for real numbers. What was emitted stays unused."""
-    known = node.op in COMPLEX_TOO or not node.inputs
-    return not known and any(value.type.is_complex for value in (*node.inputs, *node.outputs))
 
 
 def _refuse_data_dependent(node: fx.Node) -> None:
@@ -288,7 +317,7 @@ def _refuse_data_dependent(node: fx.Node) -> None:
     for meta in metas if isinstance(metas, tuple | list) else (metas,):
         sizes = meta.shape if isinstance(meta, torch.Tensor) else (meta,)
         if any(isinstance(size, numbers) for size in sizes):
-            raise CaptureError(
+            raise DataDependentError(
                 located(
                     f"{node.target} gives a number or a shape that depends on the data of a tensor, which cannot be "
                     "captured; use torch.where or a mask, or mark the function with @daggc.opaque",

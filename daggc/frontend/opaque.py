@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from daggc.errors import CaptureError, RunError
+from daggc.frontend.autocast import autocast_of, autocast_state
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 _OWNERS: dict[str, Any] = {}  # what each name was given to: a function, or an autograd.Function class
@@ -105,7 +106,7 @@ def recording() -> Iterator[None]:
     """While capturing: opaque functions and ``autograd.Function.apply`` are recorded, not traced."""
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if not capturing():
+        if not capturing() or cls.__module__.startswith("torch._"):  # torch.cond has such a class inside
             return _APPLY.__get__(None, cls)(*args, **kwargs)
         return record(_enter(cls), args, kwargs)
 
@@ -130,9 +131,10 @@ def _set_capturing(value: bool) -> Iterator[None]:
 def record(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Put one ``daggc::python_call`` into the graph being captured."""
     tensors: list[torch.Tensor] = []
-    spec = json.dumps([[_encode(arg, tensors, target) for arg in args], [
-        [key, _encode(value, tensors, target)] for key, value in kwargs.items()
-    ]])  # fmt: skip
+    positional = [_encode(arg, tensors, target) for arg in args]
+    named = [[key, _encode(value, tensors, target)] for key, value in kwargs.items()]
+    autocast = [[device, str(dtype), cached] for device, dtype, cached in autocast_state()]
+    spec = json.dumps([positional, named, *([autocast] if autocast else [])])
     if not tensors:
         raise CaptureError(f"{target} takes no tensor: daggc cannot place it; compute it outside the model")
     results = torch.ops.daggc.python_call(target, spec, tensors)
@@ -164,10 +166,13 @@ def decode(item: Any, tensors: Sequence[Any]) -> Any:
 
 
 def call_registered(target: str, spec: Sequence[Any], tensors: Sequence[torch.Tensor], rule: bool = False) -> Any:
-    """Call a registered function (or its type rule) with its recorded arguments."""
+    """Call a registered function (or its type rule) with its recorded arguments, under the autocast of the time."""
     function = _RULES.get(target, lookup(target)) if rule else lookup(target)
-    positional, named = spec
-    return function(*decode(positional, tensors), **{key: decode(value, tensors) for key, value in named})
+    positional, named, *autocast = spec
+    regions = autocast[0] if autocast else ()
+    state = [(device, getattr(torch, dtype.removeprefix("torch.")), cached) for device, dtype, cached in regions]
+    with autocast_of(state):
+        return function(*decode(positional, tensors), **{key: decode(value, tensors) for key, value in named})
 
 
 def _numbers_from_data_are_its_own_affair(inputs: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:

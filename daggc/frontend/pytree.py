@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from daggc.errors import CaptureError
+from daggc.errors import CaptureError, DataDependentError
 from daggc.ir.tree import LEAF, Tree
 
 Rebuild = Callable[[Iterator[Any]], Any]
@@ -40,7 +40,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor], above: tuple[int, ...]) -> 
     if value is None or isinstance(value, bool | int | float | str):
         return Spec(Tree("const", value=value), lambda _: value)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        raise CaptureError("the model returns a number taken from a tensor's data (item()); return the tensor")
+        raise DataDependentError("the model returns a number taken from a tensor's data (item()); return the tensor")
     if id(value) in above:
         raise CaptureError(f"an argument or result contains itself: a {type(value).__name__} inside itself")
     above = (*above, id(value))

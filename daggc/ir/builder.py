@@ -72,7 +72,7 @@ class Builder:
             for value in node.outputs
         )
         self._nodes.append(Node(node.op, tuple(inputs), outputs, node.attrs, node.path, node.source, node.origin))
-        self._streams = max(self._streams, node.attrs.get("stream", -1) + 1)
+        self.skip_streams(node)
         return outputs
 
     def random_key(self) -> Value:
@@ -81,6 +81,13 @@ class Builder:
             if port.kind == "key":
                 return port.value
         return self.input(TensorType("i64", (2,)), "key", "key")
+
+    def skip_streams(self, node: Node) -> None:
+        """Leave out the streams of a node's random numbers in what :meth:`next_stream` gives."""
+        self._streams = max(self._streams, node.attrs.get("stream", -1) + 1)
+        for graph in node.attrs.graphs:
+            for inner in graph.walk():
+                self._streams = max(self._streams, inner.attrs.get("stream", -1) + 1)
 
     def next_stream(self) -> int:
         """A number for the ``stream`` of a random op that no other node of the graph has."""
@@ -121,6 +128,15 @@ class Builder:
             yield
         finally:
             self._path, self._source, self._origin = before
+
+    def like(self, name: str) -> Builder:
+        """A builder of another graph, of one inside a node of this say."""
+        return Builder(self.rules, name)
+
+    @property
+    def arity(self) -> int:
+        """How many inputs there are so far."""
+        return len(self._inputs)
 
     @property
     def nodes(self) -> Sequence[Node]:

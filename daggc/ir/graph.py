@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from daggc.errors import IRError
-from daggc.ir.attrs import NO_ATTRS, Attrs
+from daggc.ir.attrs import NO_ATTRS, Attrs, Nested
 from daggc.ir.tree import Tree
 from daggc.ir.types import TensorType
 
@@ -52,6 +52,10 @@ class Node:
             raise IRError(f"{self.op} has {len(self.outputs)} outputs, one was asked for")
         return self.outputs[0]
 
+    def holds(self, *ops: str) -> bool:
+        """Whether the node, or one in the graphs inside it, is of one of these ops."""
+        return self.op in ops or any(node.holds(*ops) for graph in self.attrs.graphs for node in graph.nodes)
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -74,8 +78,11 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Nodes in SSA order between input and output ports."""
+class Graph(Nested):
+    """Nodes in SSA order between input and output ports.
+
+    A graph may be an attribute of a node of another (a branch of ``cond``): it reads its own inputs only.
+    """
 
     name: str
     inputs: tuple[Port, ...]
@@ -88,6 +95,30 @@ class Graph:
             yield port.value
         for node in self.nodes:
             yield from node.outputs
+
+    def walk(self) -> Iterator[Node]:
+        """Every node, those of graphs inside a node after it."""
+        for node in self.nodes:
+            yield node
+            for graph in node.attrs.graphs:
+                yield from graph.walk()
+
+    def map_nested(self, function: Callable[[Graph], Graph]) -> Graph:
+        """The graph with ``function`` applied to all graphs inside its nodes, innermost first."""
+        if not any(node.attrs.graphs for node in self.nodes):
+            return self
+
+        def mapped(node: Node) -> Node:
+            if not node.attrs.graphs:
+                return node
+            graphs = {
+                name: function(value.map_nested(function))
+                for name, value in node.attrs.items()
+                if isinstance(value, Graph)
+            }
+            return replace(node, attrs=Attrs({**node.attrs, **graphs}))
+
+        return replace(self, nodes=tuple(map(mapped, self.nodes)))
 
     def inputs_of(self, *kinds: str) -> tuple[Port, ...]:
         return tuple(port for port in self.inputs if port.kind in kinds)
@@ -163,7 +194,7 @@ class Program:
     @property
     def portable(self) -> bool:
         """Whether no node needs torch's op set or a Python function of the user's."""
-        return not any(node.op in ("torch.call", "python.call") for g in self.graphs.values() for node in g.nodes)
+        return not any(node.holds("torch.call", "python.call") for g in self.graphs.values() for node in g.nodes)
 
     def with_graphs(self, *graphs: Graph, provenance: str = "") -> Program:
         """A copy with graphs added, or replaced by name."""
@@ -172,6 +203,6 @@ class Program:
         return replace(self, graphs=merged, provenance=history)
 
     def map_graphs(self, function: Callable[[Graph], Graph], provenance: str) -> Program:
-        """A copy whose every graph went through ``function``."""
-        graphs = {name: function(graph) for name, graph in self.graphs.items()}
+        """A copy whose every graph, those inside nodes first, went through ``function``."""
+        graphs = {name: function(graph.map_nested(function)) for name, graph in self.graphs.items()}
         return replace(self, graphs=graphs, provenance=(*self.provenance, provenance))

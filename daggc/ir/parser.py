@@ -247,6 +247,10 @@ class _Parser:
             return self.numbers_or_list()
         if token == "dense":
             return self.dense()
+        if token == "complex":
+            return self.complex_number()
+        if token == "graph":
+            return self.graph()
         words: dict[str, Attr] = {"None": None, "True": True, "False": False, "nan": math.nan, "inf": math.inf}
         if token in words:
             self.at += len(token)
@@ -268,6 +272,18 @@ class _Parser:
                 self.expect(",")
             items.append(self.attr())
         return tuple(items)
+
+    def complex_number(self) -> complex:
+        """``complex<1.0, -2.5>``."""
+        self.expect("complex")
+        self.expect("<")
+        real = self.attr()
+        self.expect(",")
+        imag = self.attr()
+        self.expect(">")
+        if not (isinstance(real, float) and isinstance(imag, float)):
+            raise self.error("the parts of a complex attribute are floats")
+        return complex(real, imag)
 
     def dense(self) -> Dense:
         self.expect("dense")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 
+from daggc.ir.attrs import Attr, format_attr
 from daggc.ir.graph import Graph, Node, Program
 
 
@@ -40,16 +41,21 @@ def print_graph(graph: Graph) -> str:
     )
     outputs = ",\n".join(f"  {port.value} {port.kind} {json.dumps(port.target)}" for port in graph.outputs)
     header = f"graph @{graph.name}({_block(inputs)}) -> ({_block(outputs)}) {{"
-    return "\n".join([header, *(f"  {print_node(node)}" for node in graph.nodes), "}"])
+    lines = "\n".join(map(print_node, graph.nodes)).replace("\n", "\n  ")
+    return "\n".join([header, *([f"  {lines}"] if lines else []), "}"])
 
 
 def print_node(node: Node) -> str:
     results = ", ".join(f"{value}: {value.type}" for value in node.outputs)
     text = f"{results} = {node.op}({', '.join(map(str, node.inputs))})"
     if node.attrs:
-        text += f" {{{node.attrs}}}"
+        text += f" {{{', '.join(f'{name}={_print_attr(value)}' for name, value in node.attrs.items())}}}"
     notes = (("path", node.path), ("src", node.source), ("of", node.origin))
     return text + "".join(f" !{key} {json.dumps(note)}" for key, note in notes if note)
+
+
+def _print_attr(value: Attr) -> str:
+    return print_graph(value) if isinstance(value, Graph) else format_attr(value)
 
 
 def _block(text: str) -> str:

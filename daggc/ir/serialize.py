@@ -158,6 +158,10 @@ def _attr_to_json(value: Attr) -> Any:
     """Floats go as strings (JSON has no inf and nan), so that every attribute comes back with its type."""
     if isinstance(value, float):
         return {"float": repr(value)}
+    if isinstance(value, complex):
+        return {"complex": [repr(value.real), repr(value.imag)]}
+    if isinstance(value, Graph):
+        return {"graph": _graph_to_json(value)}
     if isinstance(value, Dense):
         return {"dense": [str(value.type), value.data.hex()]}
     return [_attr_to_json(item) for item in value] if isinstance(value, tuple) else value
@@ -167,6 +171,11 @@ def _attr_from_json(data: Any) -> Attr:
     if isinstance(data, dict):
         if "float" in data:
             return float(data["float"])
+        if "complex" in data:
+            real, imag = data["complex"]
+            return complex(float(real), float(imag))
+        if "graph" in data:
+            return _graph_from_json(data["graph"])
         type_, digits = data["dense"]
         return Dense.from_bytes(parse_type(type_), bytes.fromhex(digits))
     return tuple(_attr_from_json(item) for item in data) if isinstance(data, list) else data

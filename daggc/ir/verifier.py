@@ -1,6 +1,7 @@
 """The rules every program keeps, checked by re-inferring every type.
 
-1. Values are defined once, before use; a use names the type of its definition.
+1. Values are defined once, before use; a use names the type of its definition. A graph inside a node sees only
+   its own.
 2. Every node's output types are what its op's type rule says.
 3. In a placed graph (an input or output has a device) every value has one, only ``transfer`` and ``call``
    change it, and a ``call``'s body exists and takes and gives the types of the call.
@@ -60,6 +61,8 @@ def _verify_node(node: Node, defined: dict[str, Value], rules: TypeRules, progra
             raise IRError(f"{node.op} uses {value} as {value.type}, but it is {known.type}")
     if node.op == "call" and program is not None:
         _verify_call(node, program)
+    for graph in node.attrs.graphs:
+        verify_graph(graph, rules, program)
     inferred = rules.infer(node.op, [value.type for value in node.inputs], node.attrs)
     declared = tuple(value.type for value in node.outputs)
     if inferred != declared:

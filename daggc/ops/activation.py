@@ -19,19 +19,17 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import (
-    Operand,
-    broadcast,
-    broadcast_together,
     cast,
+    conj,
+    kind,
     mul,
     neg,
     norm_dim,
-    reshape,
-    result_dtype,
     scale,
 )
 from daggc.ops.elementwise import unary
 from daggc.ops.opdef import (
+    AS_IT_IS,
     BY_DECOMPOSITION,
     Arg,
     Importer,
@@ -46,14 +44,14 @@ from daggc.ops.opdef import (
     upcast,
 )
 
-_SIXTH = float(np.float32(1 / 6))  # hardsigmoid_backward of torch has this constant in f32, for f64 too
 
-
-def _infer(count: int, names: Sequence[str]) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
+def _infer(
+    count: int, names: Sequence[str], kinds: str = "f"
+) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
     def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         require(len(inputs) == count, f"{count} inputs are required, got {len(inputs)}")
         require(len(set(inputs)) == 1, "inputs of one type are required")
-        require(inputs[0].is_float, f"a float tensor is required, got {inputs[0]}")
+        require(kind(inputs[0].dtype) in kinds, f"a tensor of a dtype of kind {', '.join(kinds)} is required")
         for name in names:
             require(attrs[name] is not None, f"{name} is required")
         return (inputs[0],)
@@ -75,7 +73,7 @@ def _importer(name: str, defaults: Mapping[str, Attr]) -> Importer:
     return importer
 
 
-def _register_pair(
+def register_pair(
     name: str,
     forward: Callable[..., np.ndarray],
     slope: Callable[..., np.ndarray],
@@ -83,12 +81,14 @@ def _register_pair(
     lower_backward: str,
     *,
     slope_ir: Callable[[Builder, Node, Value], Value],
+    curvature_ir: Callable[[Builder, Node, Value], Value] | None = None,
     defaults: Mapping[str, Attr] | None = None,
     others: Sequence[Mapping[str, Attr]] = (),
     flops: float = 8,
     domain: str = "real",
     from_output: bool = False,
     selects: bool = False,
+    kinds: str = "f",
     aten: Mapping[str, Importer] | None = None,
 ) -> None:
     """Register ``name(x) {attrs}`` and ``name_backward(ct, x) {attrs}``, or ``(ct, y)`` if ``from_output``.
@@ -97,6 +97,9 @@ def _register_pair(
         forward, slope: ``(array, attrs) -> array``; the slope is taken at x, or at y if ``from_output``.
         lower, lower_backward: format strings of the arguments ``{0}``, ``{1}`` and the attributes.
         slope_ir: the slope as differentiable IR; ``node`` has the attributes.
+        kinds: of dtypes, see :func:`daggc.ops.elementwise.of_kinds`; for complex numbers the backward's kernel
+            multiplies by the conjugate of the slope.
+        curvature_ir: the slope's slope as IR, where that of ``slope_ir`` would lose digits.
         selects: where the slope is zero, the backward gives zero even if the cotangent is infinite or NaN.
         defaults: the attributes in the order of ATen's arguments; ``others``: more attributes to sample.
         aten: importers beside ``{name}.default``.
@@ -108,8 +111,14 @@ def _register_pair(
         kept = node.output if from_output else node.inputs[0]
         return (b.emit(f"{name}_backward", cts[0], kept, **node.attrs),)
 
+    def backward_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
+        (given,), (ct, kept) = cts, node.inputs
+        assert given is not None and curvature_ir is not None
+        again = b.emit(f"{name}_backward", given, kept, **node.attrs)
+        return again, mul(b, mul(b, given, ct), curvature_ir(b, node, kept))
+
     def pull_back(ct: np.ndarray, factor: np.ndarray) -> np.ndarray:
-        return np.where(factor == 0, 0, ct * factor) if selects else ct * factor
+        return np.where(factor == 0, 0, ct * factor) if selects else ct * np.conj(factor)
 
     def fill(template: str) -> Callable[[Node, Sequence[str]], str]:
         return lambda node, args: template.format(*args, **{k: _text(v) for k, v in node.attrs.items()})
@@ -118,7 +127,7 @@ def _register_pair(
     register(
         OpDef(
             name=name,
-            infer=_infer(1, tuple(defaults)),
+            infer=_infer(1, tuple(defaults), kinds),
             evaluate=upcast(lambda node, x: forward(x, node.attrs)),
             vjp=vjp,
             cost=elementwise_cost(flops),
@@ -126,20 +135,21 @@ def _register_pair(
             lower=fill(lower),
             aten={f"{name}.default": _importer(name, defaults), **(aten or {})},
             samples=tuple(samples),
+            complex=AS_IT_IS,
         )
     )
     register(
         OpDef(
             name=f"{name}_backward",
-            infer=_infer(2, tuple(defaults)),
+            infer=_infer(2, tuple(defaults), kinds),
             evaluate=upcast(lambda node, ct, kept: pull_back(ct, slope(kept, node.attrs))),
-            vjp=BY_DECOMPOSITION,
+            vjp=BY_DECOMPOSITION if curvature_ir is None else backward_vjp,
             cost=elementwise_cost(flops + 2),
             axes=same_axes,
             lower=fill(lower_backward),
             aten={},
             samples=tuple(Sample((Arg(one.inputs[0].type), *one.inputs), one.attrs) for one in samples),
-            decompose=lambda b, node, ct, kept: (mul(b, ct, slope_ir(b, node, kept)),),
+            decompose=lambda b, node, ct, kept: (mul(b, ct, conj(b, slope_ir(b, node, kept))),),
         )
     )
 
@@ -155,25 +165,20 @@ def _text(value: Attr) -> str:
 # --- helpers of slopes as IR --------------------------------------------------------------------------
 
 
-def _plus(b: Builder, x: Value, value: float) -> Value:
+def plus(b: Builder, x: Value, value: float) -> Value:
     return b.emit("add_scalar", x, value=value)
 
 
 def _one_minus(b: Builder, x: Value) -> Value:
-    return _plus(b, neg(b, x), 1.0)
+    return plus(b, neg(b, x), 1.0)
 
 
-def _mask(b: Builder, relation: str, x: Value, value: float) -> Value:
+def mask(b: Builder, relation: str, x: Value, value: float) -> Value:
     """1 where ``x relation value``, else 0, in x's dtype."""
     return cast(b, b.emit(f"{relation}_scalar", x, value=value), x.type.dtype)
 
 
-def _within(b: Builder, x: Value, low: float, high: float) -> Value:
-    """1 strictly between the bounds, else 0."""
-    return mul(b, _mask(b, "gt", x, low), _mask(b, "lt", x, high))
-
-
-def _ones(b: Builder, x: Value) -> Value:
+def ones(b: Builder, x: Value) -> Value:
     return b.emit("full", value=1.0, shape=x.type.shape, dtype=x.type.dtype)
 
 
@@ -188,17 +193,6 @@ def _import_threshold(b: Builder, x: Value, threshold: float, value: float) -> V
     return b.emit("where_scalar", b.emit("gt_scalar", x, value=threshold), x, value=value)
 
 
-def _import_prelu(b: Builder, x: Value, weight: Value) -> Value:
-    """One slope for all elements, or one for each channel (axis 1)."""
-    if weight.type.rank != x.type.rank:
-        shape = [1] * x.type.rank
-        if weight.type.numel > 1:
-            shape[1] = weight.type.numel
-        weight = reshape(b, weight, shape)
-    weight = broadcast(b, weight, x.type.shape)
-    return b.emit("where", b.emit("gt_scalar", x, value=0.0), x, mul(b, weight, x))
-
-
 def _import_glu(b: Builder, x: Value, dim: int = -1) -> Value:
     axis = norm_dim(dim, x.type.rank)
     half = x.type.shape[axis] // 2
@@ -208,66 +202,38 @@ def _import_glu(b: Builder, x: Value, dim: int = -1) -> Value:
     return mul(b, first, b.emit("sigmoid", second))
 
 
-def _import_logit(b: Builder, x: Value, eps: float | None = None) -> Value:
-    x = _to_float(b, x)
-    if eps is not None:
-        x = _import_clamp(b, x, eps, 1 - eps)
-    return b.emit("log", b.emit("div", x, _one_minus(b, x)))
-
-
-def _import_clamp(b: Builder, x: Value, low: Operand | None = None, high: Operand | None = None) -> Value:
-    """Bounds that are numbers or tensors; the cotangent at a bound goes to x, as in torch."""
-    bounds = [bound for bound in (low, high) if bound is not None]
-    x = cast(b, x, result_dtype(x, *bounds))
-    for bound, relation, scalar_op in ((low, "lt", "maximum_scalar"), (high, "gt", "minimum_scalar")):
-        if isinstance(bound, Value):
-            # maximum and minimum would share the cotangent of ties in halves, which clamp does not.
-            bound, x = broadcast_together(b, cast(b, bound, x.type.dtype), x)
-            taken = b.emit(relation, x, bound)
-            if x.type.is_float:
-                taken = b.emit("logical_or", taken, b.emit("isnan", bound))
-            x = b.emit("where", taken, bound, x)
-        elif bound is not None:
-            x = b.emit(scalar_op, x, value=bound)
-    return x
-
-
-def _import_clamp_max(b: Builder, x: Value, high: Operand) -> Value:
-    return _import_clamp(b, x, None, high)
-
-
 unary("square", np.square, lambda b, node, ct: mul(b, ct, scale(b, node.inputs[0], 2.0)), to_float=False)
 
 # --- relu, sigmoid, tanh: slopes from the result ------------------------------------------------------
 
-_register_pair(
+register_pair(
     "relu",
     lambda x, attrs: np.maximum(x, 0),
     lambda y, attrs: (~(y <= 0)).astype(y.dtype),  # NaN passes, as in torch
     "torch.relu({0})",
     "torch.ops.aten.threshold_backward({0}, {1}, 0)",
-    slope_ir=lambda b, node, y: _mask(b, "gt", y, 0.0),
+    slope_ir=lambda b, node, y: mask(b, "gt", y, 0.0),
     flops=1,
     domain="nonzero",
     from_output=True,
     aten={"relu.default": _import_relu, "threshold.default": _import_threshold},
     selects=True,
 )
-_register_pair(
+register_pair(
     "sigmoid",
-    lambda x, attrs: special.expit(x),
+    lambda x, attrs: 1 / (1 + np.exp(-x)) if np.iscomplexobj(x) else special.expit(x),
     lambda y, attrs: (1 - y) * y,
     "torch.sigmoid({0})",
     "torch.ops.aten.sigmoid_backward({0}, {1})",
     slope_ir=lambda b, node, y: mul(b, _one_minus(b, y), y),
     from_output=True,
+    kinds="fc",
     aten={
         "sigmoid.default": lambda b, x: b.emit("sigmoid", _to_float(b, x)),
         "glu.default": _import_glu,
-        "logit.default": _import_logit,
     },
 )
-_register_pair(
+register_pair(
     "tanh",
     lambda x, attrs: np.tanh(x),
     lambda y, attrs: 1 - y * y,
@@ -275,6 +241,7 @@ _register_pair(
     "torch.ops.aten.tanh_backward({0}, {1})",
     slope_ir=lambda b, node, y: _one_minus(b, mul(b, y, y)),
     from_output=True,
+    kinds="fc",
     aten={"tanh.default": lambda b, x: b.emit("tanh", _to_float(b, x))},
 )
 
@@ -300,12 +267,12 @@ def _gelu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
 def _gelu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
     square = mul(b, x, x)
     if node.attrs["approximate"] == "tanh":
-        inner = mul(b, x, _plus(b, scale(b, square, _CUBIC), 1.0))
+        inner = mul(b, x, plus(b, scale(b, square, _CUBIC), 1.0))
         tanh = b.emit("tanh", scale(b, inner, _ROOT))
-        inner_slope = scale(b, _plus(b, scale(b, square, 3 * _CUBIC), 1.0), _ROOT)
+        inner_slope = scale(b, plus(b, scale(b, square, 3 * _CUBIC), 1.0), _ROOT)
         right = mul(b, scale(b, x, 0.5), mul(b, _one_minus(b, mul(b, tanh, tanh)), inner_slope))
-        return b.emit("add", scale(b, _plus(b, tanh, 1.0), 0.5), right)
-    distribution = scale(b, _plus(b, b.emit("erf", scale(b, x, 1 / math.sqrt(2))), 1.0), 0.5)
+        return b.emit("add", scale(b, plus(b, tanh, 1.0), 0.5), right)
+    distribution = scale(b, plus(b, b.emit("erf", scale(b, x, 1 / math.sqrt(2))), 1.0), 0.5)
     density = scale(b, b.emit("exp", scale(b, square, -0.5)), 1 / math.sqrt(2 * math.pi))
     return b.emit("add", distribution, mul(b, x, density))
 
@@ -317,7 +284,7 @@ def _silu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
 
 def _silu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
     sigmoid = b.emit("sigmoid", x)
-    return mul(b, sigmoid, _plus(b, mul(b, x, _one_minus(b, sigmoid)), 1.0))
+    return mul(b, sigmoid, plus(b, mul(b, x, _one_minus(b, sigmoid)), 1.0))
 
 
 def _mish_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
@@ -341,11 +308,16 @@ def _softplus_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
 
 def _softplus_slope_ir(b: Builder, node: Node, x: Value) -> Value:
     scaled = scale(b, x, node.attrs["beta"])
-    return b.emit("where", b.emit("gt_scalar", scaled, value=node.attrs["threshold"]), _ones(b, x),
+    return b.emit("where", b.emit("gt_scalar", scaled, value=node.attrs["threshold"]), ones(b, x),
                   b.emit("sigmoid", scaled))  # fmt: skip
 
 
-_register_pair(
+def _log_sigmoid_curvature(b: Builder, node: Node, x: Value) -> Value:
+    sigmoid = b.emit("sigmoid", x)
+    return mul(b, plus(b, sigmoid, -1.0), sigmoid)
+
+
+register_pair(
     "gelu",
     _gelu,
     _gelu_slope,
@@ -356,7 +328,7 @@ _register_pair(
     others=({"approximate": "tanh"},),
     flops=20,
 )
-_register_pair(
+register_pair(
     "silu",
     lambda x, attrs: x * special.expit(x),
     _silu_slope,
@@ -365,7 +337,7 @@ _register_pair(
     slope_ir=_silu_slope_ir,
     flops=10,
 )
-_register_pair(
+register_pair(
     "mish",
     lambda x, attrs: x * np.tanh(np.logaddexp(0, x)),
     _mish_slope,
@@ -374,7 +346,7 @@ _register_pair(
     slope_ir=_mish_slope_ir,
     flops=25,
 )
-_register_pair(
+register_pair(
     "softplus",
     _softplus,
     _softplus_slope,
@@ -385,116 +357,14 @@ _register_pair(
     others=({"beta": 2.5, "threshold": 1.0},),
     flops=16,
 )
-_register_pair(
+register_pair(
     "log_sigmoid",
     lambda x, attrs: -np.logaddexp(0, -x),
     lambda x, attrs: special.expit(-x),
     "torch.nn.functional.logsigmoid({0})",
     "kernels.log_sigmoid_backward({0}, {1})",
     slope_ir=lambda b, node, x: b.emit("sigmoid", neg(b, x)),
+    curvature_ir=_log_sigmoid_curvature,
     flops=16,
     aten={"log_sigmoid_forward.default": lambda b, x: (b.emit("log_sigmoid", x), None)},
-)
-
-# --- piecewise linear and exponential -----------------------------------------------------------------
-
-
-def _elu(x: np.ndarray, attrs: Attrs) -> np.ndarray:
-    negative = np.expm1(np.minimum(x, 0) * attrs["input_scale"]) * (attrs["alpha"] * attrs["scale"])
-    return np.where(x < 0, negative, x * attrs["scale"])
-
-
-def _elu_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
-    factor = attrs["alpha"] * attrs["scale"] * attrs["input_scale"]
-    return np.where(x <= 0, np.exp(np.minimum(x, 0) * attrs["input_scale"]) * factor, attrs["scale"])
-
-
-def _elu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
-    alpha, outer, inner = (node.attrs[name] for name in ("alpha", "scale", "input_scale"))
-    # The exponential of large positive numbers, which are not chosen below, would be inf and its slope nan.
-    exponential = b.emit("exp", scale(b, b.emit("minimum_scalar", x, value=0.0), inner))
-    negative = scale(b, exponential, alpha * outer * inner)
-    return b.emit("where", b.emit("le_scalar", x, value=0.0), negative, scale(b, _ones(b, x), outer))
-
-
-def _leaky_slope_ir(b: Builder, node: Node, x: Value) -> Value:
-    ones = _ones(b, x)
-    return b.emit("where", b.emit("gt_scalar", x, value=0.0), ones, scale(b, ones, node.attrs["negative_slope"]))
-
-
-def _hardswish_slope(x: np.ndarray, attrs: Attrs) -> np.ndarray:
-    return np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1))
-
-
-def _hardswish_slope_ir(b: Builder, node: Node, x: Value) -> Value:
-    ramp = _plus(b, b.emit("div_scalar", x, value=3.0), 0.5)
-    return b.emit("add", mul(b, ramp, _within(b, x, -3.0, 3.0)), _mask(b, "ge", x, 3.0))
-
-
-_register_pair(
-    "elu",
-    _elu,
-    _elu_slope,
-    "torch.ops.aten.elu({0}, {alpha}, {scale}, {input_scale})",
-    "torch.ops.aten.elu_backward({0}, {alpha}, {scale}, {input_scale}, False, {1})",
-    slope_ir=_elu_slope_ir,
-    defaults={"alpha": 1.0, "scale": 1.0, "input_scale": 1.0},
-    others=({"alpha": 0.7, "scale": 1.5, "input_scale": 2.0},),
-    domain="nonzero",
-    aten={
-        "selu.default": lambda b, x: b.emit(
-            "elu", x, alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946, input_scale=1.0
-        ),
-        "celu.default": lambda b, x, alpha=1.0: b.emit(
-            "elu", x, alpha=float(alpha), scale=1.0, input_scale=1 / float(alpha)
-        ),
-    },
-)
-_register_pair(
-    "leaky_relu",
-    lambda x, attrs: np.where(x > 0, x, x * attrs["negative_slope"]),
-    lambda x, attrs: np.where(x > 0, 1, attrs["negative_slope"]),
-    "torch.nn.functional.leaky_relu({0}, {negative_slope})",
-    "torch.ops.aten.leaky_relu_backward({0}, {1}, {negative_slope}, False)",
-    slope_ir=_leaky_slope_ir,
-    defaults={"negative_slope": 0.01},
-    flops=2,
-    domain="nonzero",
-    aten={"prelu.default": _import_prelu, "_prelu_kernel.default": _import_prelu},
-)
-_register_pair(
-    "hardtanh",
-    lambda x, attrs: np.clip(x, attrs["min_val"], attrs["max_val"]),
-    lambda x, attrs: (x > attrs["min_val"]) & (x < attrs["max_val"]),
-    "torch.nn.functional.hardtanh({0}, {min_val}, {max_val})",
-    "torch.ops.aten.hardtanh_backward({0}, {1}, {min_val}, {max_val})",
-    slope_ir=lambda b, node, x: _within(b, x, node.attrs["min_val"], node.attrs["max_val"]),
-    defaults={"min_val": -1.0, "max_val": 1.0},
-    flops=2,
-    aten={
-        "relu6.default": lambda b, x: b.emit("hardtanh", x, min_val=0.0, max_val=6.0),
-        **dict.fromkeys(("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor"), _import_clamp),
-        **dict.fromkeys(("clamp_max.default", "clamp_max.Tensor"), _import_clamp_max),
-    },
-    selects=True,
-)
-_register_pair(
-    "hardswish",
-    lambda x, attrs: x * np.clip(x + 3, 0, 6) / 6,
-    _hardswish_slope,
-    "torch.nn.functional.hardswish({0})",
-    "torch.ops.aten.hardswish_backward({0}, {1})",
-    slope_ir=_hardswish_slope_ir,
-    flops=4,
-    selects=True,
-)
-_register_pair(
-    "hardsigmoid",
-    lambda x, attrs: np.clip(x + 3, 0, 6) / 6,
-    lambda x, attrs: ((x > -3) & (x < 3)) * x.dtype.type(_SIXTH),
-    "torch.nn.functional.hardsigmoid({0})",
-    "torch.ops.aten.hardsigmoid_backward({0}, {1})",
-    slope_ir=lambda b, node, x: scale(b, _within(b, x, -3.0, 3.0), _SIXTH),
-    flops=3,
-    selects=True,
 )

@@ -30,6 +30,8 @@ from daggc.ops.build import (
 )
 from daggc.ops.iota import iota
 from daggc.ops.opdef import (
+    AS_IT_IS,
+    REGISTRY,
     Arg,
     Axes,
     OpDef,
@@ -200,7 +202,8 @@ def _put_by_mask(b: Builder, base: Value, indices: Sequence[Value | None], value
 
 def _import_index_copy(b: Builder, base: Value, dim: int, index: Value, source: Value) -> Value:
     if not base.type.rank:
-        return reshape(b, source, ())
+        put = _import_index_copy(b, reshape(b, base, (1,)), 0, index, reshape(b, source, (source.type.numel,)))
+        return reshape(b, put, ())
     dim = norm_dim(dim, base.type.rank)
     index = reshape(b, cast(b, index, "i64"), (index.type.numel,))
     source = reshape(b, source, _around(base.type.shape, (dim,), index.type.shape))
@@ -208,18 +211,56 @@ def _import_index_copy(b: Builder, base: Value, dim: int, index: Value, source: 
 
 
 def _import_index_fill(b: Builder, base: Value, dim: int, index: Value, value: Value | Scalar) -> Value:
+    """A choice by a mask: what is named twice gives the value its cotangent once, as in torch."""
+    dim = norm_dim(dim, base.type.rank)
+    size = base.type.shape[dim] if base.type.rank else 1
+    index = reshape(b, cast(b, index, "i64"), (index.type.numel,))
+    named = full(b, True, index.type.shape, "bool")
+    mask = b.emit("index_put", full(b, False, (size,), "bool"), index, named, dims=(0,), accumulate=False)
+    mask = reshape(b, mask, [size if axis == dim else 1 for axis in range(base.type.rank)])
     if not isinstance(value, Value):
         value = full(b, value, (), base.type.dtype)
-    dim = norm_dim(dim, base.type.rank)
-    shape = _around(base.type.shape or (1,), (dim,), (index.type.numel,))
-    return _import_index_copy(b, base, dim, index, broadcast(b, cast(b, value, base.type.dtype), shape))
+    shape = base.type.shape
+    return b.emit("where", broadcast(b, mask, shape), broadcast(b, cast(b, value, base.type.dtype), shape), base)
+
+
+def _import_put(b: Builder, base: Value, index: Value, source: Value, accumulate: bool = False) -> Value:
+    """Into the flattened tensor."""
+    flat, index = reshape(b, base, (base.type.numel,)), cast(b, index, "i64")
+    source = reshape(b, source, index.type.shape)
+    put = b.emit("index_put", flat, index, source, dims=(0,), accumulate=accumulate)
+    return reshape(b, put, base.type.shape)
+
+
+def _clamped(b: Builder, x: Value, indices: Sequence[Value | None], from_end: bool) -> list[Value | None]:
+    """Indices into the axes of x, moved to the nearest element that there is."""
+    result: list[Value | None] = []
+    for size, index in zip(x.type.shape, indices, strict=False):
+        bounds = (-size if from_end else 0, size - 1)
+        result.append(index if index is None else REGISTRY.importers["clamp.default"](b, index, *bounds))
+    return result
+
+
+def _import_masked_index(b: Builder, x: Value, mask: Value, indices: Sequence[Value | None], fill: Scalar) -> Value:
+    """``_unsafe_masked_index``: an index that may be out of bounds where the mask does not hold."""
+    if not x.type.numel:
+        raise NotImplementedError("_unsafe_masked_index into nothing")
+    taken = _import_index(b, x, _clamped(b, x, indices, from_end=False))
+    return REGISTRY.importers["masked_fill.Scalar"](b, taken, b.emit("logical_not", mask), fill)
+
+
+def _import_masked_put(b: Builder, x: Value, mask: Value, indices: Sequence[Value | None], values: Value) -> Value:
+    if not x.type.numel:
+        return x
+    kept = REGISTRY.importers["masked_fill.Scalar"](b, values, b.emit("logical_not", mask), 0)
+    return _import_index_put(b, x, _clamped(b, x, indices, from_end=True), kept, accumulate=True)
 
 
 def _import_take(b: Builder, x: Value, index: Value) -> Value:
     return b.emit("index", reshape(b, x, (x.type.numel,)), cast(b, index, "i64"), dims=(0,))
 
 
-def _import_unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
+def import_unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
     """``Tensor.unfold``: windows along an axis, whose elements become a new last axis."""
     if not x.type.rank:
         return reshape(b, x, (1,))
@@ -240,6 +281,7 @@ register(
         infer=_infer_index,
         evaluate=lambda node, x, *indices: x[_key(node, indices)],
         vjp=_index_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_index_axes,
         lower=_lower_index,
@@ -247,7 +289,8 @@ register(
             "index.Tensor": _import_index,
             "_unsafe_index.Tensor": _import_index,
             "take.default": _import_take,
-            "unfold.default": _import_unfold,
+            **dict.fromkeys(("unfold.default", "unfold_copy.default"), import_unfold),
+            "_unsafe_masked_index.default": _import_masked_index,
         },
         samples=(
             Sample((Arg(t(4, 3)), _index(5, below=4)), {"dims": (0,)}),
@@ -262,12 +305,15 @@ register(
         infer=_infer_index_put,
         evaluate=upcast(_evaluate_index_put),
         vjp=_index_put_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=_index_put_axes,
         lower=_lower_index_put,
         aten=dict.fromkeys(("index_put.default", "_unsafe_index_put.default"), _import_index_put)
         | {
             "index_copy.default": _import_index_copy,
+            "put.default": _import_put,
+            "_unsafe_masked_index_put_accumulate.default": _import_masked_put,
             "index_fill.int_Scalar": _import_index_fill,
             "index_fill.int_Tensor": _import_index_fill,
         },

@@ -16,17 +16,19 @@ from daggc.ops.build import (
     neg,
     result_dtype,
     scale,
+    zeros_like,
 )
+from daggc.ops.complex_numbers import real
 from daggc.ops.elementwise import (
     binary,
     floating,
     import_binary,
     keep,
+    piecewise_constant,
     register_scalar,
     where_zero,
 )
 from daggc.ops.opdef import (
-    NOT_DIFFERENTIABLE,
     VJP,
     Importer,
 )
@@ -68,13 +70,28 @@ def _div_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Va
     return b.emit("div", ct, y), neg(b, mul(b, ct, b.emit("div", node.output, y)))
 
 
+def _not_negative(b: Builder, x: Value) -> Value:
+    """Where numbers are real and not negative."""
+    result = b.emit("ge_scalar", real(b, x), value=0)
+    is_real = b.emit("eq_scalar", b.emit("imag", x), value=0) if x.type.is_complex else None
+    return result if is_real is None else b.emit("logical_and", result, is_real)
+
+
+def _power(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """NumPy refuses negative powers of integers; torch rounds 1 / x ** n towards zero."""
+    if np.result_type(x, y).kind != "i":
+        return np.power(x, y)
+    inverse = np.where(np.abs(x) == 1, np.power(x, np.abs(y)), np.zeros_like(x))
+    return np.where(y < 0, inverse, np.power(x, np.maximum(y, 0)))
+
+
 def _pow_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
     """torch's pow_backward: zero where the exponent is zero, and for 0 ** y with y >= 0."""
     (ct,), (x, y) = cts, node.inputs
     assert ct is not None
     slope = mul(b, y, b.emit("pow", x, b.emit("add_scalar", y, value=-1)))
     first = where_zero(b, b.emit("ne_scalar", y, value=0), mul(b, ct, slope))
-    zero = b.emit("logical_and", b.emit("eq_scalar", x, value=0), b.emit("ge_scalar", y, value=0))
+    zero = b.emit("logical_and", b.emit("eq_scalar", x, value=0), _not_negative(b, y))
     second = mul(b, ct, mul(b, node.output, b.emit("log", x)))
     return first, where_zero(b, b.emit("logical_not", zero), second)
 
@@ -82,7 +99,7 @@ def _pow_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Va
 def _pow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
     exponent = node.attrs["value"]
     if exponent == 0:
-        return scale(b, ct, 0)
+        return zeros_like(b, node.inputs[0])
     return mul(b, ct, scale(b, b.emit("pow_scalar", node.inputs[0], value=exponent - 1), exponent))
 
 
@@ -93,10 +110,14 @@ def _remainder_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Seque
 
 
 def _rpow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
-    base = node.attrs["value"]
+    base, (x,) = node.attrs["value"], node.inputs
+    if x.type.is_complex:
+        log = complex(np.log(complex(base))) if base else complex("-inf")
+        slope = mul(b, ct, scale(b, node.output, log))
+        return slope if base else where_zero(b, b.emit("logical_not", _not_negative(b, x)), slope)
     if base == 0:  # zero where the exponent is not negative, as in torch
         slope = scale(b, node.output, float("-inf"))
-        return where_zero(b, b.emit("lt_scalar", node.inputs[0], value=0), mul(b, ct, slope))
+        return where_zero(b, b.emit("lt_scalar", x, value=0), mul(b, ct, slope))
     return mul(b, ct, scale(b, node.output, float(np.log(base)) if base > 0 else float("nan")))
 
 
@@ -165,7 +186,7 @@ binary(
 )
 binary(
     "pow",
-    np.power,
+    _power,
     _pow_vjp,
     _pow_scalar_vjp,
     "torch.pow({0}, {1})",
@@ -207,12 +228,12 @@ register_scalar(
 )
 register_scalar(
     "pow",
-    lambda x, value: np.power(value, x),
+    lambda x, value: _power(value, x),
     _rpow_scalar_vjp,
     "torch.pow({1}, {0})",
     flops=10,
     prefix="r",
-    kinds="if",
+    kinds="ifc",
 )
 binary(
     "floor_divide",
@@ -221,8 +242,8 @@ binary(
     domain="positive",
     kinds="if",
     aten=("floor_divide.default", "floor_divide.Scalar"),
-    vjp=NOT_DIFFERENTIABLE,
-    scalar_vjp=NOT_DIFFERENTIABLE,
+    vjp=piecewise_constant,
+    scalar_vjp=piecewise_constant,
 )
 binary(
     "remainder",

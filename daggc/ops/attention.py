@@ -230,6 +230,12 @@ def _score_cotangent_ir(b: Builder, attrs: Attrs, inputs: Sequence[Value], ct_lo
         return broadcast(b, reshape(b, x, (*logsumexp.type.shape, 1)), scores.type.shape)
 
     weights = b.emit("exp", sub(b, scores, spread(logsumexp)))
+    # Where logsumexp is that of the scores up to its rounding, softmax has more digits: rows add up to 1.
+    last = scores.type.rank - 1
+    off = b.emit("abs", sub(b, b.emit("logsumexp", scores, dims=(last,), keepdim=False), logsumexp))
+    rounding = 1e-10 if logsumexp.type.dtype == "f64" else 1e-5
+    bound = b.emit("add_scalar", scale(b, b.emit("abs", logsumexp), rounding), value=rounding)
+    weights = b.emit("where", spread(b.emit("le", off, bound)), _masked_softmax(b, scores)[0], weights)
     delta = sum_dims(b, mul(b, ct, out), (ct.type.rank - 1,))
     if ct_logsumexp is not None:
         delta = sub(b, delta, ct_logsumexp)

@@ -31,7 +31,7 @@ from daggc.ops.batch_norm_eval import (
     emit_eval,
     vectors,
 )
-from daggc.ops.build import add, cast, mul, scale
+from daggc.ops.build import add, cast, full, mul, scale
 from daggc.ops.moments import (
     Layout,
     check_params,
@@ -211,7 +211,43 @@ def _import_functional(
 ) -> tuple[Value | None, ...]:
     if training:
         return _emit_training(b, x, weight, bias, (running_mean, running_var), momentum, eps)
-    return emit_eval(b, x, weight, bias, running_mean, running_var, eps), None, None, running_mean, running_var
+    y = emit_eval(b, x, weight, bias, running_mean, running_var, eps)
+    return *_without_statistics(b, y), running_mean, running_var
+
+
+def _without_statistics(b: Builder, y: Value) -> tuple[Value | None, ...]:
+    """What torch gives in evaluation, when there are no statistics of the batch."""
+    empty = full(b, 0.0, (0,), y.type.dtype)
+    return aten_outputs(y, (y, empty, empty))
+
+
+def _import_with_update(
+    b: Builder,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[Value | None, ...]:
+    """``_batch_norm_with_update``; what it reserves is for cuDNN."""
+    y, mean, rstd, *new = _emit_training(b, x, weight, bias, (running_mean, running_var), momentum, eps)
+    return y, mean, rstd, full(b, 0, (0,), "u8"), *new
+
+
+def _import_no_update(
+    b: Builder,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[Value | None, ...]:
+    y = emit_eval(b, x, weight, bias, running_mean, running_var, eps)
+    return *_without_statistics(b, y), full(b, 0, (0,), "u8")
 
 
 def _import_no_stats(
@@ -230,7 +266,7 @@ def _import_no_training(
     momentum: float,
     eps: float,
 ) -> tuple[Value | None, ...]:
-    return emit_eval(b, x, weight, bias, running_mean, running_var, eps), None, None
+    return _without_statistics(b, emit_eval(b, x, weight, bias, running_mean, running_var, eps))
 
 
 def _import_batch_norm(
@@ -300,6 +336,8 @@ register(
         aten={
             "_native_batch_norm_legit_functional.default": _import_functional,
             "_native_batch_norm_legit.no_stats": _import_no_stats,
+            "_batch_norm_with_update_functional.default": _import_with_update,
+            "_batch_norm_no_update.default": _import_no_update,
             "batch_norm.default": _import_batch_norm,
             "_native_batch_norm_legit_no_training.default": _import_no_training,
             "instance_norm.default": _import_instance_norm,

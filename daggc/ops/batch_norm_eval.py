@@ -71,7 +71,7 @@ def _infer_eval(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
     layout = channel_layout(x.shape)
     check_params(x, params, layout)
     check_running((mean, variance), x, layout)
-    require(attrs["eps"] >= 0, "eps is a number")
+    require(isinstance(attrs["eps"], float), "eps is a number")
     return (x,)
 
 
@@ -140,7 +140,7 @@ def _infer_eval_backward(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[Te
     check_running((mean, variance), x, layout)
     require(len(weight) <= 1, "cotangent, x, mean, variance and weight are the inputs")
     require(ct == x, "a cotangent of x's type is required")
-    require(attrs["eps"] >= 0, "eps is a number")
+    require(isinstance(attrs["eps"], float), "eps is a number")
     return (x, *weight, *weight)
 
 

@@ -9,11 +9,11 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Value
 from daggc.ir.types import DTYPES
 
-Scalar = bool | int | float
+Scalar = bool | int | float | complex
 Operand = Value | Scalar
 
 _KINDS = "bifc"  # torch's categories, lowest first
-_DEFAULTS = {bool: "bool", int: "i64", float: "f32"}
+_DEFAULTS = {bool: "bool", int: "i64", float: "f32", complex: "c64"}
 _WIDER = {  # dtypes of one category whose common type is not simply the larger of them
     frozenset(("f16", "bf16")): "f32",
     frozenset(("i8", "u8")): "i16",
@@ -129,7 +129,12 @@ def neg(b: Builder, x: Value) -> Value:
     return b.emit("neg", x)
 
 
-def scale(b: Builder, x: Value, factor: float) -> Value:
+def conj(b: Builder, x: Value) -> Value:
+    """The complex conjugate; of real numbers, the numbers themselves."""
+    return b.emit("conj", x) if x.type.is_complex else x
+
+
+def scale(b: Builder, x: Value, factor: complex) -> Value:
     """``x * factor``; nothing for a factor of 1."""
     return x if factor == 1 else b.emit("mul_scalar", x, value=factor)
 

@@ -17,6 +17,7 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.opdef import (
+    AS_IT_IS,
     NOT_DIFFERENTIABLE,
     Cost,
     OpDef,
@@ -147,6 +148,7 @@ for _name, _function in (("torch.call", "torch_call"), ("python.call", "python_c
             infer=_infer_declared,
             evaluate=_not_portable,
             vjp=_opaque_vjp,
+            complex=AS_IT_IS,
             cost=_opaque_cost,
             axes=whole,
             lower=_lower_door(_function),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,10 @@ from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import Scalar, broadcast, cast, kind, norm_dim, promote_dtypes, reshape, sub
-from daggc.ops.opdef import Axes, OpDef, copy_cost, register, require, sample, scalar
-from daggc.ops.shape import Cotangents, flip, unsqueeze, whole_along
+from daggc.ops.build import Scalar, broadcast, cast, kind, norm_dim, promote_dtypes, reshape
+from daggc.ops.differences import GRADIENTS, import_diff
+from daggc.ops.opdef import AS_IT_IS, Axes, OpDef, copy_cost, register, require, sample, scalar
+from daggc.ops.shape import Cotangents, at_least, flip, unsqueeze, whole_along
 from daggc.ops.slicing import axes_but_dim, pad_value, slice_dim, split
 
 # --- concat -------------------------------------------------------------------------------------------
@@ -63,16 +65,32 @@ def _import_vstack(b: Builder, tensors: Sequence[Value]) -> Value:
     return concat(b, [reshape(b, x, (1,) * (2 - x.type.rank) + x.type.shape) for x in tensors], 0)
 
 
+def _import_dstack(b: Builder, tensors: Sequence[Value]) -> Value:
+    return concat(b, [at_least(b, x, 3) for x in tensors], 2)
+
+
+def _import_chunk_cat(b: Builder, tensors: Sequence[Value], dim: int, num_chunks: int) -> Value:
+    """Each tensor padded at the end of an axis to so many equal chunks, flattened from there on, side by side."""
+    dim = norm_dim(dim, tensors[0].type.rank)
+    rows: list[Value] = []
+    for x in tensors:
+        lead, missing = x.type.shape[:dim], -x.type.shape[dim] % num_chunks
+        pads = [(0, missing if axis == dim else 0) for axis in range(x.type.rank)]
+        x = b.emit("pad", x, pads=tuple(pads), value=pad_value(x, None)) if missing else x
+        rows.append(reshape(b, x, (*lead, num_chunks, x.type.numel // (math.prod(lead) * num_chunks))))
+    return concat(b, rows, dim + 1)
+
+
 def _import_column_stack(b: Builder, tensors: Sequence[Value]) -> Value:
     return concat(b, [x if x.type.rank >= 2 else reshape(b, x, (x.type.numel, 1)) for x in tensors], 1)
 
 
-def _import_roll(b: Builder, x: Value, shifts: int | Sequence[int], dims: int | Sequence[int] = ()) -> Value:
+def import_roll(b: Builder, x: Value, shifts: int | Sequence[int], dims: int | Sequence[int] = ()) -> Value:
     """Each axis cut in two and put together the other way round; without ``dims``, the flattened tensor."""
     shifts = [shifts] if isinstance(shifts, int) else shifts
     dims = [dims] if isinstance(dims, int) else dims
     if not dims:
-        return reshape(b, _import_roll(b, reshape(b, x, (x.type.numel,)), shifts, (0,)), x.type.shape)
+        return reshape(b, import_roll(b, reshape(b, x, (x.type.numel,)), shifts, (0,)), x.type.shape)
     for shift, dim in zip(shifts, dims, strict=True):
         dim = norm_dim(dim, x.type.rank)
         size = x.type.shape[dim]
@@ -82,24 +100,13 @@ def _import_roll(b: Builder, x: Value, shifts: int | Sequence[int], dims: int | 
     return x
 
 
-def _import_diff(
-    b: Builder, x: Value, n: int = 1, dim: int = -1, prepend: Value | None = None, append: Value | None = None
-) -> Value:
-    dim = norm_dim(dim, x.type.rank)
-    x = concat(b, [part for part in (prepend, x, append) if part is not None], dim)
-    for _ in range(n):
-        size = x.type.shape[dim]
-        later, earlier = slice_dim(b, x, dim, 1, size), slice_dim(b, x, dim, 0, size - 1)
-        x = b.emit("logical_xor", later, earlier) if x.type.dtype == "bool" else sub(b, later, earlier)
-    return x
-
-
 register(
     OpDef(
         name="concat",
         infer=_infer_concat,
         evaluate=lambda node, *arrays: np.concatenate(arrays, node.attrs["dim"]),
         vjp=_concat_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.cat(({', '.join(args)},), {node.attrs['dim']})",
@@ -109,8 +116,11 @@ register(
             "hstack.default": _import_hstack,
             "vstack.default": _import_vstack,
             "column_stack.default": _import_column_stack,
-            "roll.default": _import_roll,
-            "diff.default": _import_diff,
+            "roll.default": import_roll,
+            "dstack.default": _import_dstack,
+            "_chunk_cat.default": _import_chunk_cat,
+            "diff.default": import_diff,
+            **GRADIENTS,
         },
         samples=(sample((2, 3), (2, 1), (2, 4), dim=1), sample((2, 3), (4, 3), dim=0), sample((2,), dim=0)),
     )
@@ -166,7 +176,21 @@ def _pairs(x: Value, pad: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _border(b: Builder, x: Value, dim: int, before: int, after: int, mode: str) -> Value:
-    """One axis padded by a mirror image, by its edges, or by itself."""
+    """One axis padded by a mirror image, by its edges, or by itself; negative pads crop it."""
+    if mode == "circular":  # what is left after cropping goes round
+        x, before, after = _crop(b, x, dim, before, after)
+    wide = _bordered(b, x, dim, max(0, before), max(0, after), mode)
+    return _crop(b, wide, dim, min(0, before), min(0, after))[0]
+
+
+def _crop(b: Builder, x: Value, dim: int, before: int, after: int) -> tuple[Value, int, int]:
+    """x less what negative pads take away, and the pads that are left."""
+    start, end = max(0, -before), x.type.shape[dim] - max(0, -after)
+    require(start < end, f"pads {before}, {after} leave nothing of axis {dim} of {x.type}")
+    return slice_dim(b, x, dim, start, end), max(0, before), max(0, after)
+
+
+def _bordered(b: Builder, x: Value, dim: int, before: int, after: int, mode: str) -> Value:
     size = x.type.shape[dim]
     if mode == "reflect":
         require(max(before, after) < size, f"reflecting pads must be less than {size}, got {before}, {after}")
@@ -189,8 +213,6 @@ def _import_pad(b: Builder, x: Value, pad: Sequence[int], mode: str = "constant"
         return _import_constant_pad(b, x, pad, value)
     if mode not in ("reflect", "replicate", "circular"):
         raise TypeRuleError(f"pad modes are constant, reflect, replicate and circular, got {mode!r}")
-    if any(size < 0 for size in pad):
-        raise TypeRuleError(f"pads of mode {mode!r} must not be negative, got {tuple(pad)}")
     for dim, (before, after) in enumerate(_pairs(x, pad)):
         if before or after:
             x = _border(b, x, dim, before, after, mode)
@@ -203,6 +225,7 @@ register(
         infer=_infer_pad,
         evaluate=lambda node, x: np.pad(x, node.attrs["pads"], constant_values=node.attrs["value"]) if x.ndim else x,
         vjp=_pad_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_pad_axes,
         lower=_lower_pad,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import reshape, sum_dims
+from daggc.ops.build import add, reshape, sub, sum_dims
+from daggc.ops.complex_numbers import imag, make_complex, real
 from daggc.ops.opdef import (
     Axes,
     Cost,
@@ -286,6 +288,12 @@ def import_conv(
 
     ``memory_format``: what the capture saw (``channels_last`` where x or the weight was laid out so).
     """
+    if x.type.is_complex and weight.type.is_complex:
+        convolve = partial(
+            import_conv, b, stride=stride, padding=padding, dilation=dilation, transposed=transposed,
+            output_padding=output_padding, groups=groups, memory_format=memory_format,
+        )  # fmt: skip
+        return _of_complex(b, x, weight, bias, convolve)
     rank = weight.type.rank - 2
     if x.type.rank == rank + 1:
         batch = reshape(b, x, (1, *x.type.shape))
@@ -304,6 +312,18 @@ def import_conv(
         groups=groups,
         memory_format=memory_format if rank > 1 else "contiguous",
     )
+
+
+def _of_complex(
+    b: Builder, x: Value, weight: Value, bias: Value | None, convolve: Callable[[Value, Value, Value | None], Value]
+) -> Value:
+    """Three convolutions of real numbers for one of complex ones (Gauss), as torch does it."""
+    parts = [(real(b, value), imag(b, value)) for value in (x, weight, *([] if bias is None else [bias]))]
+    sums = [add(b, *pair) for pair in parts]
+    of_real = convolve(*(re for re, _ in parts), *([None] if bias is None else []))
+    of_imag = convolve(parts[0][1], parts[1][1], None)
+    of_sums = convolve(*sums, *([None] if bias is None else []))
+    return make_complex(b, sub(b, of_real, of_imag), sub(b, sub(b, of_sums, of_real), of_imag))
 
 
 def _import_plain(

@@ -22,10 +22,13 @@ from daggc.ops.build import (
     full,
     kind,
     result_dtype,
+    zeros_like,
 )
 from daggc.ops.opdef import (
+    HOLOMORPHIC,
     VJP,
     Arg,
+    ComplexRule,
     Derivative,
     Importer,
     OpDef,
@@ -74,6 +77,16 @@ def of_kinds(kinds: str, rule: Callable) -> Callable:
     return infer
 
 
+def not_half(rule: Callable) -> Callable:
+    """A type rule without f16 and bf16, for which torch has no kernel."""
+
+    def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+        require(all(x.dtype not in ("f16", "bf16") for x in inputs), "inputs of f32 or f64 are required")
+        return rule(inputs, attrs)
+
+    return infer
+
+
 def _samples(shapes: Sequence[tuple[int, ...]], count: int, kinds: str, domain: str, **attrs: Attr) -> list[Sample]:
     """``count`` inputs of each shape: f64, or bool and i64 for ops of bits."""
     if "f" in kinds:
@@ -82,6 +95,7 @@ def _samples(shapes: Sequence[tuple[int, ...]], count: int, kinds: str, domain: 
         Sample((Arg(t(*shape, dtype=dtype), kind_domain),) * count, attrs)
         for shape in shapes
         for dtype, kind_domain in (("bool", "bool"), ("i64", "small"))
+        if kind(dtype) in kinds
     ]
 
 
@@ -117,25 +131,31 @@ def unary(
     to_float: bool = True,
     kinds: str = "",
     aten: Sequence[str] | None = None,
+    shapes: Sequence[tuple[int, ...]] = ((3, 4), (), (2, 1, 5)),
+    half: bool = True,
+    complex_rule: ComplexRule = HOLOMORPHIC,
 ) -> None:
     """Register ``y = name(x)``. ``vjp(builder, node, ct)`` gives the cotangent of x.
 
     ``to_float``: integers are cast to f32 first, as torch does for functions of real numbers.
     ``kinds``: see :func:`of_kinds`; by default floats and complex numbers, and integers unless ``to_float``.
+    ``shapes``: of the samples. ``half``: whether torch has kernels for f16 and bf16.
     """
     kinds = kinds or ("fc" if to_float else "ifc")
-    rule = vjp if isinstance(vjp, Derivative) else one_input(vjp)
+    rule = vjp if isinstance(vjp, Derivative) or vjp is piecewise_constant else one_input(vjp)
+    types = of_kinds(kinds, to_bool if predicate else same_types)
     register(
         OpDef(
             name=name,
-            infer=_arity(1, of_kinds(kinds, to_bool if predicate else same_types)),
+            infer=_arity(1, types if half else not_half(types)),
             evaluate=upcast(lambda node, x: function(x)),
             vjp=rule,
             cost=elementwise_cost(flops),
             axes=same_axes,
             lower=lambda node, args: f"{lower or f'torch.{name}'}({args[0]})",
             aten={overload: _import_unary(name, to_float) for overload in aten or (f"{name}.default",)},
-            samples=_samples(((3, 4), (), (2, 1, 5)), 1, kinds, domain),
+            samples=_samples(shapes, 1, kinds, domain),
+            complex=complex_rule,
         )
     )
 
@@ -143,14 +163,16 @@ def unary(
 _REVERSED = ("sub", "div", "pow")  # those with an op for a scalar as the first operand
 
 
-def import_binary(op: str, operand_dtype: Callable[[str], str], commutes: bool) -> Importer:
-    """Promote, broadcast, and choose between the op of two tensors and the op with a scalar."""
+def import_binary(op: str, operand_dtype: Callable[[str], str], commutes: bool, with_scalar: bool = True) -> Importer:
+    """Promote, broadcast, and choose between the op of two tensors and, if there is one, the op with a scalar."""
 
     def importer(b: Builder, x: Operand, y: Operand, **_: Any) -> Value:
         dtype = operand_dtype(result_dtype(x, y))
         if isinstance(x, Value) and isinstance(y, Value):
             return b.emit(op, *broadcast_together(b, cast(b, x, dtype), cast(b, y, dtype)))
         if isinstance(x, Value):
+            if not with_scalar:
+                return b.emit(op, cast(b, x, dtype), full(b, y, x.type.shape, dtype))
             return b.emit(f"{op}_scalar", cast(b, x, dtype), value=y)
         assert isinstance(y, Value), "one operand is a tensor"
         if commutes:
@@ -187,30 +209,36 @@ def binary(
     operand_dtype: Callable[[str], str] = keep,
     aten: Sequence[str] | None = None,
     importers: Mapping[str, Importer] | None = None,
+    shapes: Sequence[tuple[int, ...]] = ((3, 4), ()),
+    half: bool = True,
+    complex_rule: ComplexRule = HOLOMORPHIC,
 ) -> None:
     """Register ``name(x, y)`` and ``name_scalar(x) {value}``. ``lower`` is a format of ``{0}`` and ``{1}``.
 
-    ``kinds``: see :func:`of_kinds`.
+    ``kinds``: see :func:`of_kinds`; ``shapes`` and ``half``: see :func:`unary`.
     """
     rule = to_bool if predicate else same_types
-    importer = import_binary(name, operand_dtype, commutes)
+    importer = import_binary(name, operand_dtype, commutes and with_scalar, with_scalar)
     overloads = (f"{name}.Tensor", f"{name}.Scalar") if aten is None else aten
     register(
         OpDef(
             name=name,
-            infer=_arity(2, of_kinds(kinds, rule)),
+            infer=_arity(2, of_kinds(kinds, rule) if half else not_half(of_kinds(kinds, rule))),
             evaluate=upcast(lambda node, x, y: function(x, y)),
             vjp=vjp,
             cost=elementwise_cost(flops),
             axes=same_axes,
             lower=lambda node, args: lower.format(*args),
             aten=dict.fromkeys(overloads, importer) if importers is None else importers,
-            samples=_samples(((3, 4), ()), 2, kinds, domain),
+            samples=_samples(shapes, 2, kinds, domain),
+            complex=complex_rule,
         )
     )
     if with_scalar:
         value = True if domain == "bool" else 2.5
-        register_scalar(name, function, scalar_vjp, lower, rule, flops, domain, value, kinds=kinds)
+        register_scalar(
+            name, function, scalar_vjp, lower, rule, flops, domain, value, kinds=kinds, complex_rule=complex_rule
+        )
 
 
 def register_scalar(
@@ -224,13 +252,14 @@ def register_scalar(
     value: float = 2.5,
     prefix: str = "",
     kinds: str = "bifc",
+    complex_rule: ComplexRule = HOLOMORPHIC,
 ) -> None:
     """Register ``name_scalar(x) {value}``; with prefix ``r`` the scalar is the first operand."""
 
     def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         value = attrs["value"]
-        require(isinstance(value, bool | int | float), f"value is a number, got {value!r}")
-        fits = kind(inputs[0].dtype) in {bool: "bifc", int: "ifc", float: "fc"}[type(value)]
+        require(isinstance(value, bool | int | float | complex), f"value is a number, got {value!r}")
+        fits = kind(inputs[0].dtype) in {bool: "bifc", int: "ifc", float: "fc", complex: "c"}[type(value)]
         require(fits, f"value={value!r} would change the dtype {inputs[0].dtype}; cast first")
         return _arity(1, of_kinds(kinds, rule))(inputs, attrs)
 
@@ -239,19 +268,25 @@ def register_scalar(
             name=f"{prefix}{name}_scalar",
             infer=infer,
             evaluate=upcast(lambda node, x: function(x, weak(node.attrs["value"], x.dtype))),
-            vjp=vjp if isinstance(vjp, Derivative) else one_input(vjp),
+            vjp=vjp if isinstance(vjp, Derivative) or vjp is piecewise_constant else one_input(vjp),
             cost=elementwise_cost(flops),
             axes=same_axes,
             lower=lambda node, args: lower.format(args[0], scalar(node.attrs["value"])),
             aten={},
             samples=_samples(((3, 4), ()), 1, kinds, domain, value=value),
+            complex=complex_rule,
         )
     )
 
 
-def weak(value: float, dtype: np.dtype) -> Any:
+def weak(value: complex, dtype: np.dtype) -> Any:
     """A scalar of an array's dtype (NumPy and torch agree on values that fit)."""
     return np.asarray(value).astype(dtype)[()]
+
+
+def piecewise_constant(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
+    """The VJP rule of rounding, signs and the like: zeros, as autograd has it, and not the absence of a gradient."""
+    return tuple(zeros_like(b, value) if value.type.differentiable else None for value in node.inputs)
 
 
 def where_zero(b: Builder, mask: Value, ct: Value) -> Value:

@@ -16,6 +16,12 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import broadcast_together, cast, full, mul, neg, result_dtype, scale, sub
+from daggc.ops.distance_loss import (
+    import_cosine_embedding,
+    import_multilabel_margin,
+    import_triplet,
+    pairwise_distance,
+)
 from daggc.ops.loss import MEAN, reduce_loss
 from daggc.ops.opdef import (
     BY_DECOMPOSITION,
@@ -184,9 +190,8 @@ def _import_poisson(
 
 
 def _import_soft_margin(b: Builder, x: Value, target: Value, reduction: int = MEAN) -> Value:
-    """``log(1 + exp(-target x))``."""
-    x, target = _operands(b, x, target)
-    return reduce_loss(b, b.emit("log1p", b.emit("exp", neg(b, mul(b, target, x)))), reduction)
+    """``log(1 + exp(-target x))``, without the exponential that overflows in derivatives."""
+    return reduce_loss(b, neg(b, b.emit("log_sigmoid", mul(b, *_operands(b, x, target)))), reduction)
 
 
 def _import_hinge(b: Builder, x: Value, target: Value, margin: float = 1.0, reduction: int = MEAN) -> Value:
@@ -216,6 +221,10 @@ _COMPOSED: dict[str, Callable[..., Any]] = {
     "soft_margin_loss.default": _import_soft_margin,
     "hinge_embedding_loss.default": _import_hinge,
     "margin_ranking_loss.default": _import_margin_ranking,
+    "pairwise_distance.default": pairwise_distance,
+    "triplet_margin_loss.default": import_triplet,
+    "cosine_embedding_loss.default": import_cosine_embedding,
+    "multilabel_margin_loss.default": import_multilabel_margin,
 }
 
 

@@ -32,8 +32,10 @@ from daggc.ops.opdef import (
 
 
 def _infer_full(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-    require(not inputs and isinstance(attrs["value"], bool | int | float), "no input and a number are required")
-    return (TensorType(attrs["dtype"], attrs["shape"]),)
+    value, result = attrs["value"], TensorType(attrs["dtype"], attrs["shape"])
+    fits = isinstance(value, bool | int | float) or (isinstance(value, complex) and result.is_complex)
+    require(not inputs and fits, f"no input and a number that {result} can hold are required, got {value!r}")
+    return (result,)
 
 
 def _import_full(b: Builder, size: Sequence[int], value: Scalar, *, dtype: str | None = None, **_: Any) -> Value:

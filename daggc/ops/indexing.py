@@ -17,6 +17,7 @@ from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import Scalar, broadcast, broadcast_shapes, cast, full, norm_dim, reshape, scale, zeros_like
 from daggc.ops.opdef import (
+    AS_IT_IS,
     NOT_DIFFERENTIABLE,
     Arg,
     Axes,
@@ -36,7 +37,7 @@ from daggc.ops.slicing import axes_but_dim, slice_dim
 from daggc.ops.strided import import_as_strided, import_as_strided_scatter
 
 
-def _bounded(index: np.ndarray, size: int) -> np.ndarray:
+def bounded(index: np.ndarray, size: int) -> np.ndarray:
     """The index. Raises IndexError where it is outside an axis: NumPy would take -1 for the last."""
     if index.size and (index.min() < 0 or index.max() >= size):
         raise IndexError(f"indices must be in [0, {size}), got {index.min()} to {index.max()}")
@@ -91,7 +92,7 @@ def _embedding_backward_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangen
 def _evaluate_embedding_backward(node: Node, ct: np.ndarray, index: np.ndarray) -> np.ndarray:
     result = np.zeros(node.output.type.shape, ct.dtype)
     kept = index != node.attrs["padding_idx"] if node.attrs["padding_idx"] is not None else index >= 0
-    np.add.at(result, _bounded(index[kept], result.shape[0]), ct[kept])
+    np.add.at(result, bounded(index[kept], result.shape[0]), ct[kept])
     return result
 
 
@@ -145,8 +146,9 @@ register(
     OpDef(
         name="embedding",
         infer=_infer_embedding,
-        evaluate=lambda node, weight, index: weight[_bounded(index, weight.shape[0])],
+        evaluate=lambda node, weight, index: weight[bounded(index, weight.shape[0])],
         vjp=_embedding_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_embedding_axes,
         lower=lambda node, args: f"torch.embedding({args[0]}, {args[1]}, {_padding(node)})",
@@ -164,6 +166,7 @@ register(
         infer=_infer_embedding_backward,
         evaluate=upcast(_evaluate_embedding_backward),
         vjp=_embedding_backward_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=_embedding_backward_axes,
         lower=lambda node, args: (
@@ -194,7 +197,7 @@ def _infer_gather(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorTyp
     return (x.with_(shape=index.shape),)
 
 
-def _infer_scatter(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+def infer_scatter(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     base, index, source = inputs
     (wanted,) = _infer_gather((base, index), attrs)
     require(source == wanted, f"a source of type {wanted} is required, got {source}")
@@ -221,19 +224,19 @@ def _scatter_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
 
 def _evaluate_gather(node: Node, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     dim = node.attrs["dim"]
-    return np.take_along_axis(x, _bounded(index, x.shape[dim]), dim)
+    return np.take_along_axis(x, bounded(index, x.shape[dim]), dim)
 
 
 def _evaluate_scatter(node: Node, base: np.ndarray, index: np.ndarray, source: np.ndarray) -> np.ndarray:
     result, dim = base.copy(), node.attrs["dim"]
-    np.put_along_axis(result, _bounded(index, base.shape[dim]), source, dim)
+    np.put_along_axis(result, bounded(index, base.shape[dim]), source, dim)
     return result
 
 
 def _evaluate_scatter_add(node: Node, base: np.ndarray, index: np.ndarray, source: np.ndarray) -> np.ndarray:
     result, dim = base.copy(), node.attrs["dim"]
     places = list(np.indices(index.shape, sparse=True))
-    places[dim] = _bounded(index, base.shape[dim])
+    places[dim] = bounded(index, base.shape[dim])
     np.add.at(result, tuple(places), source)
     return result
 
@@ -264,11 +267,11 @@ def _flat(b: Builder, x: Value) -> Value:
     return reshape(b, x, (x.type.numel,))
 
 
-def _emit_scatter(b: Builder, op: str, base: Value, dim: int, index: Value, source: Value) -> Value:
+def emit_scatter(b: Builder, op: str, base: Value, dim: int, index: Value, source: Value, **attrs: Attr) -> Value:
     """Scatter into the corner of ``base`` that the index covers."""
     index = cast(b, index, "i64")
     if not base.type.rank:
-        return reshape(b, b.emit(op, _flat(b, base), _flat(b, index), _flat(b, source), dim=0), ())
+        return reshape(b, b.emit(op, _flat(b, base), _flat(b, index), _flat(b, source), dim=0, **attrs), ())
     if not index.type.rank:
         index, source = _flat(b, index), _flat(b, source)
     if not index.type.numel:
@@ -277,8 +280,8 @@ def _emit_scatter(b: Builder, op: str, base: Value, dim: int, index: Value, sour
     source = _crop(b, source, shape)
     axis = next((a for a, n in enumerate(shape) if a != dim and n != base.type.shape[a]), None)
     if axis is None:
-        return b.emit(op, base, index, source, dim=dim)
-    corner = _emit_scatter(b, op, slice_dim(b, base, axis, 0, shape[axis]), dim, index, source)
+        return b.emit(op, base, index, source, dim=dim, **attrs)
+    corner = emit_scatter(b, op, slice_dim(b, base, axis, 0, shape[axis]), dim, index, source, **attrs)
     return b.emit("slice_update", base, corner, dim=axis, start=0, end=shape[axis], step=1)
 
 
@@ -286,20 +289,23 @@ def _import_scatter(op: str) -> Importer:
     def importer(b: Builder, base: Value, dim: int, index: Value, source: Value | Scalar) -> Value:
         if not isinstance(source, Value):
             source = full(b, source, index.type.shape, base.type.dtype)
-        return _emit_scatter(b, op, base, dim, index, source)
+        return emit_scatter(b, op, base, dim, index, source)
 
     return importer
 
 
 def _import_take_along_dim(b: Builder, x: Value, index: Value, dim: int | None = None) -> Value:
+    """``gather`` with shapes that broadcast, and indices that may count from the end."""
     if dim is None:
-        return b.emit("gather", _flat(b, x), cast(b, _flat(b, index), "i64"), dim=0)
+        return _import_take_along_dim(b, _flat(b, x), _flat(b, index), 0)
     dim = norm_dim(dim, x.type.rank)
     shape = broadcast_shapes(
         (*x.type.shape[:dim], 1, *x.type.shape[dim + 1 :]), (*index.type.shape[:dim], 1, *index.type.shape[dim + 1 :])
     )
     x, index = (broadcast(b, v, (*shape[:dim], v.type.shape[dim], *shape[dim + 1 :])) for v in (x, index))
-    return b.emit("gather", x, cast(b, index, "i64"), dim=dim)
+    wrapped = b.emit("add_scalar", index, value=x.type.shape[dim])
+    from_start = b.emit("where", b.emit("lt_scalar", index, value=0), wrapped, index)
+    return b.emit("gather", x, cast(b, from_start, "i64"), dim=dim)
 
 
 register(
@@ -308,6 +314,7 @@ register(
         infer=_infer_gather,
         evaluate=_evaluate_gather,
         vjp=_gather_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_gather_axes,
         lower=lambda node, args: f"torch.gather({args[0]}, {node.attrs['dim']}, {args[1]})",
@@ -321,9 +328,10 @@ register(
 register(
     OpDef(
         name="scatter",
-        infer=_infer_scatter,
+        infer=infer_scatter,
         evaluate=_evaluate_scatter,
         vjp=_scatter_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.scatter({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
@@ -338,9 +346,10 @@ register(
 register(
     OpDef(
         name="scatter_add",
-        infer=_infer_scatter,
+        infer=infer_scatter,
         evaluate=upcast(_evaluate_scatter_add),
         vjp=_scatter_add_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.scatter_add({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
@@ -383,7 +392,7 @@ def _index_add_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
 
 def _evaluate_index_add(node: Node, base: np.ndarray, index: np.ndarray, source: np.ndarray) -> np.ndarray:
     result, dim = base.copy(), node.attrs["dim"]
-    np.add.at(result, (slice(None),) * dim + (_bounded(index, base.shape[dim]),), source)
+    np.add.at(result, (slice(None),) * dim + (bounded(index, base.shape[dim]),), source)
     return result
 
 
@@ -418,12 +427,17 @@ register(
     OpDef(
         name="index_select",
         infer=_infer_index_select,
-        evaluate=lambda node, x, index: np.take(x, _bounded(index, x.shape[node.attrs["dim"]]), node.attrs["dim"]),
+        evaluate=lambda node, x, index: np.take(x, bounded(index, x.shape[node.attrs["dim"]]), node.attrs["dim"]),
         vjp=_index_select_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_index_select_axes,
         lower=lambda node, args: f"torch.index_select({args[0]}, {node.attrs['dim']}, {args[1]})",
-        aten={"index_select.default": _import_index_select, "as_strided.default": import_as_strided},
+        aten={
+            "index_select.default": _import_index_select,
+            "as_strided.default": import_as_strided,
+            "as_strided_copy.default": import_as_strided,
+        },
         samples=(
             Sample((Arg(t(3, 4)), _index_arg(6, below=4)), {"dim": 1}),
             Sample((Arg(t(3, 2)), _index_arg(2, below=3)), {"dim": 0}),
@@ -436,6 +450,7 @@ register(
         infer=_infer_index_add,
         evaluate=upcast(_evaluate_index_add),
         vjp=_index_add_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=_index_add_axes,
         lower=lambda node, args: f"torch.index_add({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
@@ -458,7 +473,7 @@ def _infer_one_hot(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorTy
 
 def _evaluate_one_hot(node: Node, index: np.ndarray) -> np.ndarray:
     count = node.attrs["num_classes"]
-    return (_bounded(index, count)[..., None] == np.arange(count)).astype(np.int64)
+    return (bounded(index, count)[..., None] == np.arange(count)).astype(np.int64)
 
 
 def _import_one_hot(b: Builder, index: Value, num_classes: int = -1) -> Value:

@@ -13,7 +13,7 @@ from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import Scalar, broadcast, cast, full, kind, reshape
+from daggc.ops.build import Operand, Scalar, add, broadcast, cast, full, kind, mul, reshape, sub
 from daggc.ops.concat import concat
 from daggc.ops.opdef import (
     NOT_DIFFERENTIABLE,
@@ -77,15 +77,66 @@ def _import_linspace(
 ) -> Value:
     """Counted from both ends to the middle, as torch does, so that the last number is exactly ``end``."""
     dtype = dtype or "f32"
+    if kind(dtype) == "i":  # in f64, between whole numbers
+        return cast(b, _import_linspace(b, int(start), int(end), steps, dtype="f64"), dtype)
     if kind(dtype) != "f":
-        raise TypeRuleError(f"linspace of a floating dtype is supported, got {dtype}")
-    if steps == 1 or start == end:
+        raise NotImplementedError(f"linspace of dtype {dtype}")
+    if steps <= 1 or start == end:
         return full(b, float(start), (steps,), dtype)
     step, half = (float(end) - float(start)) / (steps - 1), steps // 2
     head = iota(b, half, dtype, float(start), step)
     # Descending from the end: start + step * i would miss it by a rounding.
     tail = b.emit("flip", iota(b, steps - half, dtype, float(end), -step), dims=(0,))
     return concat(b, (head, tail), 0)
+
+
+def _import_linspace_of_tensors(
+    b: Builder, start: Operand, end: Operand, steps: int, *, dtype: str | None = None, **_: Any
+) -> Value:
+    """Bounds of which one at least is a 0-d tensor. torch has no derivative."""
+    dtype = dtype or "f32"
+    if kind(dtype) != "f":
+        raise NotImplementedError(f"linspace of dtype {dtype} between tensors")
+    first, last = (
+        cast(b, _stopped(b, bound), dtype) if isinstance(bound, Value) else full(b, float(bound), (), dtype)
+        for bound in (start, end)
+    )
+    if steps <= 1:
+        return broadcast(b, first, (1,)) if steps else full(b, 0.0, (0,), dtype)
+    half = steps // 2
+    width = b.emit("div_scalar", sub(b, last, first), value=steps - 1)
+    first, last, width = (broadcast(b, bound, (steps,)) for bound in (first, last, width))
+    from_start = add(b, first, mul(b, width, iota(b, steps, dtype)))
+    from_end = sub(b, last, mul(b, width, iota(b, steps, dtype, steps - 1, -1)))
+    return b.emit("where", b.emit("lt_scalar", iota(b, steps), value=half), from_start, from_end)
+
+
+def _stopped(b: Builder, x: Value) -> Value:
+    return b.emit("stop_gradient", x) if x.type.differentiable else x
+
+
+def _logspace(linspace: Callable[..., Value]) -> Callable[..., Value]:
+    """``base`` to the power of evenly spaced exponents; integers in f32, as in torch."""
+
+    def importer(
+        b: Builder,
+        start: Operand,
+        end: Operand,
+        steps: int,
+        base: float = 10.0,
+        *,
+        dtype: str | None = None,
+        **_: Any,
+    ) -> Value:
+        dtype = dtype or "f32"
+        whole = kind(dtype) == "i" and not isinstance(start, Value) and not isinstance(end, Value)
+        if whole:
+            assert not isinstance(start, Value | complex) and not isinstance(end, Value | complex)
+            start, end = int(start), int(end)
+        exponents = linspace(b, start, end, steps, dtype="f32" if whole else dtype)
+        return cast(b, b.emit("rpow_scalar", exponents, value=float(base)), dtype)
+
+    return importer
 
 
 def _grid(b: Builder, rows: int, columns: int, compare: str, diagonal: int = 0) -> Value:
@@ -139,12 +190,22 @@ register(
         aten={
             **dict.fromkeys(("arange.default", "arange.start", "arange.start_step"), _import_arange),
             "linspace.default": _import_linspace,
+            **dict.fromkeys(
+                ("linspace.Tensor_Tensor", "linspace.Tensor_Scalar", "linspace.Scalar_Tensor"),
+                _import_linspace_of_tensors,
+            ),
+            "logspace.default": _logspace(_import_linspace),
+            **dict.fromkeys(
+                ("logspace.Tensor_Tensor", "logspace.Tensor_Scalar", "logspace.Scalar_Tensor"),
+                _logspace(_import_linspace_of_tensors),
+            ),
             "eye.default": _import_eye,
             "eye.m": _import_eye,
             "tril.default": _import_triangle("le"),
             "triu.default": _import_triangle("ge"),
             "empty.memory_format": _import_empty,
             "empty_strided.default": _import_empty,
+            "empty_permuted.default": _import_empty,
             "new_empty.default": _import_new_empty,
             "new_empty_strided.default": _import_new_empty,
             "empty_like.default": _import_empty_like,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from daggc.errors import TypeRuleError
 from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
@@ -23,6 +22,7 @@ from daggc.ops.build import (
     broadcast_shapes,
     broadcast_together,
     cast,
+    conj,
     mul,
     norm_dim,
     permute,
@@ -32,8 +32,10 @@ from daggc.ops.build import (
     sum_dims,
     transpose,
 )
+from daggc.ops.distance import import_cosine_similarity, import_renorm
 from daggc.ops.einsum import import_einsum
 from daggc.ops.opdef import (
+    HOLOMORPHIC,
     Axes,
     Cost,
     OpDef,
@@ -43,6 +45,18 @@ from daggc.ops.opdef import (
     require,
     sample,
     upcast,
+)
+from daggc.ops.products import (
+    import_bilinear,
+    import_block_diag,
+    import_chain,
+    import_cov,
+    import_cross,
+    import_kron,
+    import_linalg_cross,
+    import_trace,
+    import_triangle_indices,
+    import_vander,
 )
 from daggc.ops.shape import Cotangents
 
@@ -108,19 +122,13 @@ def _fold(b: Builder, x: Value, y: Value) -> Value:
     return reshape(b, product, (*lead, y.type.shape[-1]))
 
 
-def _import_dot(b: Builder, x: Value, y: Value) -> Value:
-    _require_real(x, "vdot")
-    return _import_matmul(b, x, y)
-
-
-def _require_real(x: Value, name: str) -> None:
-    if x.type.is_complex:
-        raise TypeRuleError(f"{name} conjugates, which is supported for real tensors only, got {x.type}")
+def _import_vdot(b: Builder, x: Value, y: Value) -> Value:
+    return _import_matmul(b, conj(b, x), y)
 
 
 def _import_vecdot(b: Builder, x: Value, y: Value, *, dim: int = -1) -> Value:
-    _require_real(x, "vecdot")
-    product = mul(b, *broadcast_together(b, *_promoted(b, x, y)))
+    x, y = broadcast_together(b, *_promoted(b, x, y))
+    product = mul(b, conj(b, x), y)
     return sum_dims(b, product, (norm_dim(dim, product.type.rank),))
 
 
@@ -146,6 +154,8 @@ def _import_tensordot(b: Builder, x: Value, y: Value, dims_x: Sequence[int], dim
     inner_x = [norm_dim(dim, x.type.rank) for dim in dims_x]
     inner_y = [norm_dim(dim, y.type.rank) for dim in dims_y]
     for i, j in zip(inner_x, inner_y, strict=True):
+        if 1 in (x.type.shape[i], y.type.shape[j]):  # torch sums the other, as if the one were broadcast
+            x, y = _summed_to(b, x, i, y.type.shape[j]), _summed_to(b, y, j, x.type.shape[i])
         require(
             x.type.shape[i] == y.type.shape[j], f"equal sizes are required, got axis {i} of {x.type}, {j} of {y.type}"
         )
@@ -156,6 +166,10 @@ def _import_tensordot(b: Builder, x: Value, y: Value, dims_x: Sequence[int], dim
     left = reshape(b, permute(b, x, [*outer_x, *inner_x]), (math.prod(shape_x), size))
     right = reshape(b, permute(b, y, [*inner_y, *outer_y]), (size, math.prod(shape_y)))
     return reshape(b, matmul(b, left, right), (*shape_x, *shape_y))
+
+
+def _summed_to(b: Builder, x: Value, dim: int, size: int) -> Value:
+    return sum_dims(b, x, (dim,), keepdim=True) if size == 1 != x.type.shape[dim] else x
 
 
 def _add_product(b: Builder, bias: Value, product: Value, beta: float, alpha: float) -> Value:
@@ -179,19 +193,13 @@ def _import_addbmm(b: Builder, bias: Value, x: Value, y: Value, *, beta: float =
     return _add_product(b, bias, _import_tensordot(b, x, y, (0, 2), (0, 1)), beta, alpha)
 
 
-def _import_chain(b: Builder, matrices: Sequence[Value]) -> Value:
-    result = matrices[0]
-    for matrix in matrices[1:]:
-        result = _import_matmul(b, result, matrix)
-    return result
-
-
 register(
     OpDef(
         name="matmul",
         infer=_infer_matmul,
         evaluate=upcast(lambda node, x, y: np.matmul(x, y)),
         vjp=_matmul_vjp,
+        complex=HOLOMORPHIC,
         cost=gemm_cost,
         axes=_matmul_axes,
         lower=lambda node, args: f"torch.matmul({args[0]}, {args[1]})",
@@ -200,7 +208,7 @@ register(
                 ("matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"),
                 _import_matmul,
             ),
-            "vdot.default": _import_dot,
+            "vdot.default": _import_vdot,
             "linalg_vecdot.default": _import_vecdot,
             "outer.default": _import_outer,
             "ger.default": _import_outer,
@@ -210,9 +218,20 @@ register(
             "addmv.default": _import_add_product,
             "addr.default": _import_addr,
             "addbmm.default": _import_addbmm,
-            "chain_matmul.default": _import_chain,
-            "linalg_multi_dot.default": _import_chain,
+            **dict.fromkeys(("chain_matmul.default", "linalg_multi_dot.default"), import_chain),
             "einsum.default": import_einsum,
+            "kron.default": import_kron,
+            "block_diag.default": import_block_diag,
+            "trace.default": import_trace,
+            "bilinear.default": import_bilinear,
+            "cross.default": import_cross,
+            "linalg_cross.default": import_linalg_cross,
+            "linalg_vander.default": import_vander,
+            "cov.default": import_cov,
+            "tril_indices.default": import_triangle_indices(upper=False),
+            "triu_indices.default": import_triangle_indices(upper=True),
+            "cosine_similarity.default": import_cosine_similarity,
+            "renorm.default": import_renorm,
         },
         samples=(
             sample((3, 4), (4, 5)),
@@ -228,6 +247,7 @@ register(
 def _infer_linear(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     x, weight, *bias = inputs
     require(len({value.dtype for value in inputs}) == 1, "inputs of one dtype are required")
+    require(x.dtype != "bool", "numbers are required: torch has no product of bools")
     require(weight.rank == 2, f"a weight of 2 axes is required, got {weight}")
     require(
         x.rank > 0 and x.shape[-1] == weight.shape[1],
@@ -283,6 +303,7 @@ register(
         infer=_infer_linear,
         evaluate=upcast(_evaluate_linear),
         vjp=_linear_vjp,
+        complex=HOLOMORPHIC,
         cost=gemm_cost,
         axes=_linear_axes,
         lower=lambda node, args: f"torch.nn.functional.linear({', '.join(args)})",

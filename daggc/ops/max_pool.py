@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from daggc.ir.attrs import Attrs
+from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import reshape, zeros_like
+from daggc.ops.build import full, reshape, zeros_like
 from daggc.ops.opdef import Arg, Importer, Sample, require, sample, t, upcast
 from daggc.ops.pooling import (
     ADAPTIVE_CASES,
@@ -29,6 +29,7 @@ from daggc.ops.pooling import (
     window_counts,
     with_batch,
 )
+from daggc.ops.rearrange import import_max_unpool
 from daggc.ops.windows import windows
 
 
@@ -48,7 +49,7 @@ def _infer_max_pool(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorT
     return _with_indices(x, window_counts(x, attrs, attrs["dilation"]))
 
 
-def _first_largest(cells: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def first_largest(cells: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Maxima over the last axis and their ``places``; of cells outside of the input the place is -1.
 
     Where all cells inside are -inf, the first of them counts.
@@ -66,7 +67,7 @@ def _evaluate_max_pool(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.ndarra
     cells = windows(x.astype(np.float64), *geometry).reshape(*values.shape, -1)
     places = windows(np.arange(math.prod(spatial)).reshape(spatial), *geometry, fill=-1)
     places = np.broadcast_to(places.reshape(*values.shape[2:], -1), cells.shape)
-    top, where = _first_largest(cells, places)
+    top, where = first_largest(cells, places)
     return top.astype(values.numpy_dtype), where.astype(indices.numpy_dtype)
 
 
@@ -116,6 +117,25 @@ def _lower_max_pool_backward(node: Node, args: Sequence[str]) -> str:
     )
 
 
+def _pool_attrs(
+    rank: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> dict[str, Attr]:
+    """ATen's arguments as attributes; by default windows lie side by side."""
+    kernel = numbers(kernel_size, rank)
+    return {
+        "kernel": kernel,
+        "stride": numbers(stride, rank) or kernel,
+        "padding": numbers(padding, rank),
+        "dilation": numbers(dilation, rank),
+        "ceil_mode": ceil_mode,
+    }
+
+
 def _import_max_pool(rank: int, with_indices: bool) -> Importer:
     def importer(
         b: Builder,
@@ -126,16 +146,33 @@ def _import_max_pool(rank: int, with_indices: bool) -> Importer:
         dilation: Sequence[int] = (1,),
         ceil_mode: bool = False,
     ) -> Value | tuple[Value, ...]:
-        kernel = numbers(kernel_size, rank)
-        attrs = {
-            "kernel": kernel,
-            "stride": numbers(stride, rank) or kernel,
-            "padding": numbers(padding, rank),
-            "dilation": numbers(dilation, rank),
-            "ceil_mode": ceil_mode,
-        }
+        attrs = _pool_attrs(rank, kernel_size, stride, padding, dilation, ceil_mode)
         values, indices = with_batch(b, x, rank, lambda x: b.emit_many("max_pool", x, **attrs))
         return (values, indices) if with_indices else values
+
+    return importer
+
+
+def _import_max_pool_backward(rank: int) -> Importer:
+    """The derivative by the cotangent is that of a scatter; by x it is zero, not absent."""
+
+    def importer(
+        b: Builder,
+        ct: Value,
+        x: Value,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        ceil_mode: bool,
+        indices: Value,
+    ) -> Value:
+        attrs = _pool_attrs(rank, kernel_size, stride, padding, dilation, ceil_mode)
+        if x.type.rank == rank + 1:
+            ct, indices = (reshape(b, value, (1, *value.type.shape)) for value in (ct, indices))
+        shape = (1,) * (rank + 2 - x.type.rank) + x.type.shape
+        x_ct = reshape(b, b.emit("max_pool_backward", ct, indices, input_shape=shape, **attrs), x.type.shape)
+        return b.emit("where", full(b, False, x.type.shape, "bool"), x, x_ct)
 
     return importer
 
@@ -152,7 +189,7 @@ def _evaluate_adaptive_max(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.nd
     places = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
     for at, window in adaptive_windows(x.shape[2:], node.attrs["output_size"]):
         cells = x[(..., *window)].reshape(*x.shape[:2], -1)
-        top, place = _first_largest(cells.astype(np.float64), np.broadcast_to(places[window].reshape(-1), cells.shape))
+        top, place = first_largest(cells.astype(np.float64), np.broadcast_to(places[window].reshape(-1), cells.shape))
         values[(..., *at)], where[(..., *at)] = top, place
     return values, where
 
@@ -160,9 +197,13 @@ def _evaluate_adaptive_max(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.nd
 def _adaptive_max_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:
     if cts[0] is None:
         return (None,)
-    x, indices = node.inputs[0], node.outputs[1]
-    scattered = b.emit("scatter_add", zeros_like(b, _flat(b, x)), _flat(b, indices), _flat(b, cts[0]), dim=2)
-    return (reshape(b, scattered, x.type.shape),)
+    return (scatter_to_maxima(b, node.inputs[0], node.outputs[1], cts[0]),)
+
+
+def scatter_to_maxima(b: Builder, x: Value, indices: Value, ct: Value) -> Value:
+    """The cotangent of x: that of each maximum, added where it was."""
+    scattered = b.emit("scatter_add", zeros_like(b, _flat(b, x)), _flat(b, indices), _flat(b, ct), dim=2)
+    return reshape(b, scattered, x.type.shape)
 
 
 def _import_adaptive_max(rank: int) -> Importer:
@@ -206,6 +247,10 @@ register_pool(
     _max_pool_backward_vjp,
     _lower_max_pool_backward,
     tuple(_scatter_sample(shape, attrs) for shape, attrs in _MAX_CASES),
+    {
+        **{f"max_pool{rank}d_with_indices_backward.default": _import_max_pool_backward(rank) for rank in (2, 3)},
+        **{f"max_unpool{rank}d.default": import_max_unpool(rank) for rank in (2, 3)},
+    },
 )
 register_pool(
     "adaptive_max_pool",

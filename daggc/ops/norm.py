@@ -87,7 +87,7 @@ class _Norm:
         require(len(params) <= (2 if self.centered else 1), "x, weight and bias are the inputs")
         layout = self.layout_of(x, attrs)
         check_params(x, params, layout)
-        require(attrs["eps"] >= 0, "eps is a number")
+        require(isinstance(attrs["eps"], float), "eps is a number")
         statistics = stats_type(x, layout)
         return (x, statistics, statistics) if self.centered else (x, statistics)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from daggc.errors import IRError, TypeRuleError
 from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.builder import Builder
-from daggc.ir.graph import Node, Value
+from daggc.ir.graph import Graph, Node, Value
 from daggc.ir.types import TensorType
 
 
@@ -30,6 +30,19 @@ class Derivative(Enum):
 
 NOT_DIFFERENTIABLE = Derivative.NONE
 BY_DECOMPOSITION = Derivative.BY_DECOMPOSITION
+
+
+class ComplexRule(Enum):
+    """What a VJP rule gives for complex numbers, whose cotangent is dL/d(re) + i dL/d(im), as in torch."""
+
+    NONE = "nothing that is right: the rule is one of real numbers"
+    AS_IT_IS = "the cotangent: the rule multiplies by real numbers only, or conjugates where it has to"
+    HOLOMORPHIC = "that of a product with the complex derivative: cotangents are conjugated before and after it"
+
+
+REAL_ONLY = ComplexRule.NONE
+AS_IT_IS = ComplexRule.AS_IT_IS
+HOLOMORPHIC = ComplexRule.HOLOMORPHIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +72,9 @@ class Axes:
 class Arg:
     """A sample input. ``domain`` says which numbers are drawn:
 
-    real (normal), positive (0.2 to 2), unit (0.05 to 0.95), nonzero, distinct (no ties), bool,
-    index:N (integers in [0, N)), small (integers in [-4, 4]), count (integers from 1 to 9), key (a random key).
+    real (normal), positive (0.2 to 2), unit (0.05 to 0.95), large (1.2 to 4), nonzero, distinct (no ties), bool,
+    index:N (integers in [0, N)), small (integers in [-4, 4]), count (integers from 1 to 9), key (a random key),
+    and matrices that can be inverted, with singular values apart: regular, hermitian, triangular (the lower).
     """
 
     type: TensorType
@@ -75,9 +89,20 @@ class Sample:
     attrs: Mapping[str, Attr] = field(default_factory=dict)
 
 
+class Pullbacks(Protocol):
+    """What the VJP rule of an op with graphs inside is given as its fourth argument."""
+
+    wanted: Sequence[bool]  # for each input of the node, whether its cotangent is asked for
+
+    def __call__(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> Graph:
+        """The pullback of a graph: it takes the graph's inputs and cotangents of the ``given`` outputs, and gives
+        the cotangents of the inputs ``wrt``, all by position."""
+        ...
+
+
 Infer = Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]
 Evaluate = Callable[..., np.ndarray | tuple[np.ndarray, ...]]  # (node, *arrays)
-VJP = Callable[[Builder, Node, Sequence[Value | None]], Sequence[Value | None]]
+VJP = Callable[..., Sequence[Value | None]]  # (builder, node, cotangents), and pullbacks if it has graphs inside
 Importer = Callable[..., Any]  # (builder, *args, **kwargs) with Values for tensors -> Value(s)
 Decompose = Callable[..., tuple[Value, ...]]  # (builder, node, *inputs)
 
@@ -85,6 +110,10 @@ Decompose = Callable[..., tuple[Value, ...]]  # (builder, node, *inputs)
 @dataclass(frozen=True)
 class OpDef:
     """One op.
+
+    An op with graphs inside (attributes that are graphs, as ``cond`` has) gets them, in the order of the
+    attributes' names, before the inputs: ``evaluate`` as functions of arrays that give a list, ``lower`` as names
+    of functions ``(device, *inputs)`` that give a tuple; its ``vjp`` gets :class:`Pullbacks`.
 
     Attributes:
         infer: ``(input types, attrs) -> output types``; raises TypeRuleError.
@@ -100,6 +129,8 @@ class OpDef:
             Values (None where ATen gives an output that daggc does not have).
         samples: inputs and attributes that the op accepts.
         decompose: ``(builder, node, *inputs) -> outputs`` in simpler ops, where there is such a form.
+        complex: what the VJP rule is worth where numbers are complex. Differentiation refuses a rule that is
+            REAL_ONLY there, and the importer leaves such nodes to the door ``torch.call``.
     """
 
     name: str
@@ -112,6 +143,7 @@ class OpDef:
     aten: Mapping[str, Importer]
     samples: Sequence[Sample]
     decompose: Decompose | None = None
+    complex: ComplexRule = REAL_ONLY
 
     def __post_init__(self) -> None:
         by_decomposition = BY_DECOMPOSITION in (self.evaluate, self.vjp)
@@ -282,8 +314,10 @@ _TORCH_DTYPE = {
 }
 
 
-def scalar(value: float | int | bool) -> str:
+def scalar(value: complex | float | int | bool) -> str:
     """The Python expression of a number in generated code."""
+    if isinstance(value, complex):
+        return f"complex({scalar(value.real)}, {scalar(value.imag)})"
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
     return repr(value)

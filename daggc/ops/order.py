@@ -24,11 +24,12 @@ from daggc.ops.opdef import (
     require,
     sample,
 )
+from daggc.ops.quantile import import_quantile
 from daggc.ops.shape import Cotangents, squeeze
 from daggc.ops.slicing import axes_but_dim
 
 
-def _wide(x: np.ndarray) -> np.ndarray:
+def wide(x: np.ndarray) -> np.ndarray:
     """16-bit floats as f32, which NumPy can order."""
     return x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else x
 
@@ -82,7 +83,7 @@ for _op, _function, _extremum in (("argmax", np.argmax, "max"), ("argmin", np.ar
             name=_op,
             infer=_infer_arg,
             evaluate=lambda node, x, function=_function: np.asarray(
-                function(_wide(x), axis=node.attrs["dim"], keepdims=node.attrs["keepdim"]), np.int64
+                function(wide(x), axis=node.attrs["dim"], keepdims=node.attrs["keepdim"]), np.int64
             ),
             vjp=NOT_DIFFERENTIABLE,
             cost=reduction_cost(),
@@ -111,6 +112,7 @@ def _infer_sort(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
 
 def _infer_topk(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     (x, indices), k, dim = _infer_sort(inputs, attrs), attrs["k"], attrs["dim"]
+    require(x.dtype != "bool", "numbers are required: torch has no topk of bools")
     require(0 <= k <= x.shape[dim], f"k must be at most {x.shape[dim]}, got {k}")
     require(isinstance(attrs["largest"], bool), f"largest must be a bool, got {attrs['largest']!r}")
     shape = (*x.shape[:dim], k, *x.shape[dim + 1 :])
@@ -119,7 +121,7 @@ def _infer_topk(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
 
 def _order(x: np.ndarray, dim: int, descending: bool) -> np.ndarray:
     """Stable; NaN is the largest number."""
-    x = _wide(x)
+    x = wide(x)
     if not descending:
         return np.argsort(x, axis=dim, kind="stable")
     backwards = np.argsort(np.flip(x, dim), axis=dim, kind="stable")
@@ -137,7 +139,7 @@ def _evaluate_topk(node: Node, x: np.ndarray) -> tuple[np.ndarray, ...]:
     return np.take_along_axis(x, order, dim), order.astype(np.int64)
 
 
-def _selected_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
+def selected_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
     """The cotangent of each value goes back to where the value came from."""
     ct, (x,) = cts[0], node.inputs
     if ct is None:
@@ -191,7 +193,7 @@ register(
         name="sort",
         infer=_infer_sort,
         evaluate=_evaluate_sort,
-        vjp=_selected_vjp,
+        vjp=selected_vjp,
         cost=_sort_cost,
         axes=axes_but_dim,
         lower=lambda node, args: (
@@ -203,6 +205,8 @@ register(
             "argsort.default": _second(_import_sort),
             "argsort.stable": _second(_import_stable_sort),
             "msort.default": lambda b, x: _sort(b, x, 0, False)[0],
+            **{f"quantile.{form}": import_quantile(skip_nan=False) for form in ("default", "scalar")},
+            **{f"nanquantile.{form}": import_quantile(skip_nan=True) for form in ("default", "scalar")},
         },
         samples=(
             sample((3, 4), domain="distinct", dim=1, descending=False),
@@ -215,7 +219,7 @@ register(
         name="topk",
         infer=_infer_topk,
         evaluate=_evaluate_topk,
-        vjp=_selected_vjp,
+        vjp=selected_vjp,
         cost=_sort_cost,
         axes=axes_but_dim,
         lower=_lower_topk,

@@ -20,7 +20,19 @@ from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import DTYPES, TensorType
-from daggc.ops.build import Operand, broadcast_together, cast, full, mul, neg, result_dtype, scale
+from daggc.ops.build import (
+    Operand,
+    broadcast,
+    broadcast_together,
+    cast,
+    full,
+    mul,
+    neg,
+    reshape,
+    result_dtype,
+    scale,
+    sum_dims,
+)
 from daggc.ops.opdef import (
     NOT_DIFFERENTIABLE,
     Arg,
@@ -238,6 +250,59 @@ def _import_exponential(b: Builder, x: Value, rate: float = 1.0, **_: Any) -> Va
     return drawn if rate == 1 else b.emit("div_scalar", drawn, value=float(rate))
 
 
+def _import_cauchy(b: Builder, x: Value, median: float = 0.0, sigma: float = 1.0, **_: Any) -> Value:
+    """By inversion, of numbers strictly inside (0, 1), where the tangent is finite."""
+    half = 2.0 ** -(_DIGITS[x.type.dtype] + 1)
+    angle = b.emit("add_scalar", uniform(b, x.type.shape, x.type.dtype), value=half - 0.5)
+    drawn = b.emit("tan", scale(b, angle, math.pi))
+    return b.emit("add_scalar", scale(b, drawn, float(sigma)), value=float(median))
+
+
+def _import_geometric(b: Builder, x: Value, p: float, **_: Any) -> Value:
+    """The number of trials up to the first success, in x's dtype."""
+    wide = x.type.dtype if x.type.dtype == "f64" else "f32"
+    trials = b.emit("log1p", neg(b, uniform(b, x.type.shape, wide)))
+    trials = b.emit("ceil", b.emit("div_scalar", trials, value=math.log1p(-p) if p < 1 else -math.inf))
+    return cast(b, b.emit("maximum_scalar", trials, value=1.0), x.type.dtype)
+
+
+def _import_log_normal(b: Builder, x: Value, mean: float = 1.0, std: float = 2.0, **_: Any) -> Value:
+    return b.emit("exp", normal(b, x.type.shape, x.type.dtype, mean, std))
+
+
+def _import_random(b: Builder, x: Value, *bounds: int | None, **_: Any) -> Value:
+    """``random_``: integers in [low, high), or all that the dtype can hold and, of floats, tell apart."""
+    info = DTYPES[x.type.dtype]
+    most = 2 ** _DIGITS[x.type.dtype] if info.kind == "f" else 2 if info.kind == "b" else np.iinfo(info.numpy).max
+    low, high = bounds if len(bounds) == 2 else (0, *bounds) if bounds else (0, None)
+    return _randint(b, low or 0, most if high is None else high, x.type.shape, x.type.dtype)
+
+
+def _import_multinomial(b: Builder, weights: Value, count: int, replacement: bool = False, **_: Any) -> Value:
+    """Positions along the last axis. Without replacement: the largest of weight / exponential noise, as in torch."""
+    last, shape = weights.type.rank - 1, weights.type.shape
+    if not replacement or count == 1:
+        wide = weights if weights.type.dtype == "f64" else cast(b, weights, "f32")
+        keys = b.emit("div", wide, _import_exponential(b, wide))
+        return b.emit_many("topk", keys, k=count, dim=last, largest=True)[1]
+    # The number of running sums below v; v is in (0, total], so classes of no weight are never hit.
+    sums = b.emit("cumsum", cast(b, weights, "f64"), dim=last)
+    drawn = b.emit("add_scalar", neg(b, uniform(b, (*shape[:-1], count), "f64")), value=1.0)
+    total = b.emit("slice", sums, dim=last, start=shape[-1] - 1, end=shape[-1], step=1)
+    v = mul(b, drawn, broadcast(b, total, drawn.type.shape))
+    cube = (*shape[:-1], count, shape[-1])
+    below = b.emit(
+        "lt",
+        broadcast(b, reshape(b, sums, (*shape[:-1], 1, shape[-1])), cube),
+        broadcast(b, reshape(b, v, (*shape[:-1], count, 1)), cube),
+    )
+    return sum_dims(b, cast(b, below, "i64"), (last + 1,))
+
+
+def _import_native_dropout_backward(b: Builder, ct: Value, mask: Value, factor: float) -> Value:
+    return mul(b, ct, scale(b, cast(b, mask, ct.type.dtype), float(factor)))
+
+
 def _import_rrelu(
     b: Builder, x: Value, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, **_: Any
 ) -> Value:
@@ -262,6 +327,7 @@ _register_random(
         "bernoulli.default": _import_bernoulli,
         "bernoulli.p": lambda b, x, p=0.5, **_: bernoulli(b, p, x.type.shape, x.type.dtype),
         "bernoulli.Tensor": _import_bernoulli_tensor,
+        "native_dropout_backward.default": _import_native_dropout_backward,
     },
     (
         {"p": 0.75, "shape": (3, 4), "dtype": "bool", "stream": 0},
@@ -280,6 +346,9 @@ _register_random(
         "uniform.default": lambda b, x, low=0.0, high=1.0, **_: uniform(b, x.type.shape, x.type.dtype, low, high),
         "exponential.default": _import_exponential,
         "rrelu.default": _import_rrelu,
+        "cauchy.default": _import_cauchy,
+        "geometric.default": _import_geometric,
+        "multinomial.default": _import_multinomial,
     },
     (
         {"low": 0.0, "high": 1.0, "shape": (3, 4), "dtype": "f64", "stream": 0},
@@ -302,6 +371,7 @@ _register_random(
         "normal.Tensor_float": _import_normal_around,
         "normal.float_Tensor": _import_normal_around,
         "normal.Tensor_Tensor": _import_normal_around,
+        "log_normal.default": _import_log_normal,
     },
     (
         {"mean": 0.0, "std": 1.0, "shape": (3, 4), "dtype": "f64", "stream": 0},
@@ -323,6 +393,7 @@ _register_random(
         "randint_like.low_dtype": lambda b, x, low, high, *, dtype=None, **_: _randint(
             b, low, high, x.type.shape, dtype or x.type.dtype
         ),
+        **dict.fromkeys(("random.default", "random.to", "random.from"), _import_random),
     },
     (
         {"low": -3, "high": 7, "shape": (3, 4), "dtype": "i64", "stream": 0},

@@ -17,6 +17,7 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import (
+    add,
     broadcast,
     broadcast_together,
     cast,
@@ -29,12 +30,16 @@ from daggc.ops.build import (
     sub,
     sum_dims,
 )
+from daggc.ops.differences import import_trapezoid_dx, import_trapezoid_x
 from daggc.ops.opdef import (
+    AS_IT_IS,
     BY_DECOMPOSITION,
     NOT_DIFFERENTIABLE,
+    REAL_ONLY,
     VJP,
     Arg,
     Axes,
+    ComplexRule,
     Decompose,
     Derivative,
     Importer,
@@ -132,6 +137,7 @@ def reduction(
     flops: float = 1,
     samples: Sequence[Sample] | None = None,
     decompose: Decompose | None = None,
+    complex_rule: ComplexRule = REAL_ONLY,
 ) -> None:
     """Register ``y = name(x) {dims, keepdim}``. ``vjp(builder, node, ct)`` gives the cotangent of x."""
 
@@ -146,6 +152,7 @@ def reduction(
             infer=_infer(kinds),
             evaluate=evaluate,
             vjp=rule,
+            complex=complex_rule,
             cost=reduction_cost(flops),
             axes=_axes(combine),
             lower=lower or (lambda node, args: f"torch.{name}({args[0]}, {dim_args(node)})"),
@@ -187,6 +194,17 @@ def _import_nansum(b: Builder, x: Value, dim: Dims = None, keepdim: bool = False
     return _importer("sum", to_i64=True)(b, x, dim, keepdim, **dtype)
 
 
+def _import_nanmean(
+    b: Builder, x: Value, dim: Dims = None, keepdim: bool = False, *, dtype: str | None = None, **_: Any
+) -> Value:
+    """The sum without NaNs, over how many are left."""
+    x = cast(b, x, dtype or x.type.dtype)
+    require(x.type.is_float, f"a float tensor is required, got {x.type}")
+    kept = cast(b, b.emit("logical_not", b.emit("isnan", x)), "i64")
+    count = cast(b, reduce(b, "sum", kept, dim, keepdim), x.type.dtype)
+    return b.emit("div", _import_nansum(b, x, dim, keepdim), count)
+
+
 def _import_count_nonzero(b: Builder, x: Value, dim: Dims = None) -> Value:
     return reduce(b, "sum", cast(b, _truth(b, x), "i64"), dim)
 
@@ -210,29 +228,33 @@ reduction(
         "count_nonzero.default": _import_count_nonzero,
         "count_nonzero.dim_IntList": _import_count_nonzero,
         "sum_to_size.default": _import_sum_to_size,
+        **dict.fromkeys(("trapezoid.x", "trapz.x"), import_trapezoid_x),
+        **dict.fromkeys(("trapezoid.dx", "trapz.dx"), import_trapezoid_dx),
     },
     lower=_lower_sum,
     combine="sum",
+    complex_rule=AS_IT_IS,
     samples=(*_samples(), *_samples("small", "i64")[:1], *_samples("small", "i32")[:1]),
 )
 reduction(
     "mean",
     _numpy(np.mean),
     lambda b, node, ct: spread(b, node, b.emit("div_scalar", ct, value=_count(node))),
-    {"mean.default": _importer("mean"), "mean.dim": _importer("mean")},
+    {"mean.default": _importer("mean"), "mean.dim": _importer("mean"), "nanmean.default": _import_nanmean},
     combine="mean",
     kinds="fc",
+    complex_rule=AS_IT_IS,
 )
 
 # --- extrema ------------------------------------------------------------------------------------------
 
 
 def _extremum_vjp(b: Builder, node: Node, ct: Value) -> Value:
-    """Ties share the cotangent evenly, as in torch."""
+    """Ties share the cotangent evenly; what has a NaN among it gets NaN (0 / 0), as in torch."""
     (x,) = node.inputs
-    winners = b.emit("eq", x, spread(b, node, node.output))
-    count = reduce(b, "sum", cast(b, winners, ct.type.dtype), node.attrs["dims"], node.attrs["keepdim"])
-    return b.emit("where_scalar", winners, spread(b, node, b.emit("div", ct, count)), value=0.0)
+    winners = cast(b, b.emit("eq", x, spread(b, node, node.output)), ct.type.dtype)
+    count = reduce(b, "sum", winners, node.attrs["dims"], node.attrs["keepdim"])
+    return b.emit("div", mul(b, spread(b, node, ct), winners), spread(b, node, count))
 
 
 def _import_aminmax(b: Builder, x: Value, *, dim: int | None = None, keepdim: bool = False) -> tuple[Value, Value]:
@@ -254,7 +276,6 @@ for _op, _function, _short in (("amax", np.max, "max"), ("amin", np.min, "min"))
         _extremum_vjp,
         {
             f"{_op}.default": _importer(_op),
-            f"{_short}.default": _importer(_op),
             f"{_short}.other": _import_extremum_of_two(f"{_op[1:]}imum"),
             **({"aminmax.default": _import_aminmax} if _op == "amax" else {}),
         },
@@ -317,23 +338,34 @@ def _var_vjp(b: Builder, node: Node, ct: Value) -> Value:
     return mul(b, spread(b, node, scale(b, ct, 2 / freedom if freedom else math.inf)), deviation)
 
 
+def _std_vjp(b: Builder, node: Node, ct: Value) -> Value:
+    """That of the variance, times ``ct / (2 std)``; 0 where nothing varies, as in torch."""
+    y = node.output
+    slope = b.emit("div", ct, scale(b, y, 2.0))
+    return _var_vjp(b, node, b.emit("where_scalar", b.emit("ne_scalar", y, value=0), slope, value=0.0))
+
+
 def _lower_var(node: Node, args: Sequence[str]) -> str:
-    return f"torch.var({args[0]}, {dim_args(node)}, correction={scalar(node.attrs['correction'])})"
+    return f"torch.{node.op}({args[0]}, {dim_args(node)}, correction={scalar(node.attrs['correction'])})"
 
 
-def root(b: Builder, x: Value) -> Value:
-    """The square root with derivative 0 at 0, as torch's ``std`` and norms have it."""
-    positive = b.emit("ne_scalar", x, value=0)
-    safe = b.emit("where_scalar", positive, x, value=1.0)
-    return b.emit("where_scalar", positive, b.emit("sqrt", safe), value=0.0)
+def _root(b: Builder, x: Value) -> Value:
+    """The square root with derivative 0 at 0."""
+    occupied = b.emit("ne_scalar", x, value=0)
+    return b.emit("where_scalar", occupied, b.emit("sqrt", b.emit("where_scalar", occupied, x, value=1.0)), value=0.0)
 
 
-def _var_importers(name: str, take_root: bool, with_mean: bool) -> dict[str, Importer]:
-    """The overloads of ``var``, ``std``, ``var_mean`` and ``std_mean``."""
+def _var_importers(op: str, with_mean: bool) -> dict[str, Importer]:
+    """The overloads of ``var`` or ``std``, alone or with the mean."""
+    name = f"{op}_mean" if with_mean else op
 
     def variance(b: Builder, x: Value, dim: Dims, correction: float, keepdim: bool) -> Value | tuple[Value, ...]:
-        var = reduce(b, "var", x, dim, keepdim, correction=correction)
-        result = root(b, var) if take_root else var
+        if x.type.is_complex:  # that of the parts, added
+            parts = (b.emit(part, x) for part in ("real", "imag"))
+            result = add(b, *(reduce(b, "var", part, dim, keepdim, correction=correction) for part in parts))
+            result = _root(b, result) if op == "std" else result
+        else:
+            result = reduce(b, op, x, dim, keepdim, correction=correction)
         return (result, reduce(b, "mean", x, dim, keepdim)) if with_mean else result
 
     def by_correction(
@@ -352,16 +384,21 @@ reduction(
     "var",
     upcast(_variance),
     _var_vjp,
-    {
-        **_var_importers("var", take_root=False, with_mean=False),
-        **_var_importers("std", take_root=True, with_mean=False),
-        **_var_importers("var_mean", take_root=False, with_mean=True),
-        **_var_importers("std_mean", take_root=True, with_mean=True),
-    },
+    {**_var_importers("var", with_mean=False), **_var_importers("var", with_mean=True)},
     lower=_lower_var,
     kinds="f",
     flops=4,
     samples=(*_samples(correction=1)[:3], *_samples(correction=0)[:2], *_samples(correction=0.5)[:1]),
+)
+reduction(
+    "std",
+    upcast(lambda node, x: np.sqrt(_variance(node, x))),
+    _std_vjp,
+    {**_var_importers("std", with_mean=False), **_var_importers("std", with_mean=True)},
+    lower=_lower_var,
+    kinds="f",
+    flops=4,
+    samples=(*_samples(correction=1)[:2], *_samples(correction=0.5)[:1]),
 )
 
 # --- any and all --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from daggc.ops.build import (
     broadcast_together,
     cast,
     kind,
+    reshape,
     result_dtype,
 )
 from daggc.ops.elementwise import (
@@ -23,6 +24,7 @@ from daggc.ops.elementwise import (
     where_zero,
 )
 from daggc.ops.opdef import (
+    AS_IT_IS,
     Arg,
     OpDef,
     Sample,
@@ -47,7 +49,11 @@ def _infer_where(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType
 
 def _infer_where_scalar(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     mask, x = inputs
-    require(isinstance(attrs["value"], bool | int | float), "value is a number")
+    value = attrs["value"]
+    fits = isinstance(value, bool | int | float) or (isinstance(value, complex) and x.is_complex)
+    require(fits, f"value is a number that {x} can hold, got {value!r}")
+    fits = x.differentiable or isinstance(value, bool) or (type(value) is int and x.is_integer)
+    require(fits, f"value={value!r} would change the dtype {x.dtype}; cast first")
     return _infer_where((mask, x, x), attrs)
 
 
@@ -76,8 +82,20 @@ def _import_masked_fill(b: Builder, x: Value, mask: Value, value: Operand) -> Va
     if isinstance(value, Value):
         return b.emit("where", *broadcast_together(b, mask, cast(b, value, x.type.dtype), x))
     mask, x = broadcast_together(b, mask, x)
-    value = {"b": bool, "i": int}.get(kind(x.type.dtype), float)(value)
+    value = {"b": bool, "i": int, "f": float}.get(kind(x.type.dtype), complex)(value)
     return b.emit("where_scalar", b.emit("logical_not", mask), x, value=value)
+
+
+def _import_masked_scatter(b: Builder, x: Value, mask: Value, source: Value) -> Value:
+    """Where the mask holds, the elements of the source in turn: the n-th of them at the n-th place."""
+    mask, x = broadcast_together(b, cast(b, mask, "bool"), x)
+    if not source.type.numel or not x.type.numel:
+        return x
+    flat = reshape(b, mask, (mask.type.numel,))
+    turn = b.emit("sub_scalar", b.emit("cumsum", cast(b, flat, "i64"), dim=0), value=1)
+    turn = b.emit("where_scalar", flat, turn, value=0)
+    taken = b.emit("index_select", reshape(b, source, (source.type.numel,)), turn, dim=0)
+    return b.emit("where", mask, reshape(b, cast(b, taken, x.type.dtype), x.type.shape), x)
 
 
 _MASK = Arg(t(3, 4, dtype="bool"), "bool")
@@ -88,10 +106,16 @@ register(
         infer=_infer_where,
         evaluate=lambda node, mask, x, y: np.where(mask, x, y),
         vjp=_where_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=same_axes,
         lower=lambda node, args: f"torch.where({', '.join(args)})",
-        aten={"where.self": _import_where, "where.ScalarOther": _import_where, "where.ScalarSelf": _import_where},
+        aten={
+            "where.self": _import_where,
+            "where.ScalarOther": _import_where,
+            "where.ScalarSelf": _import_where,
+            "masked_scatter.default": _import_masked_scatter,
+        },
         samples=(Sample((_MASK, _REAL, _REAL)),),
     )
 )
@@ -101,6 +125,7 @@ register(
         infer=_infer_where_scalar,
         evaluate=lambda node, mask, x: np.where(mask, x, weak(node.attrs["value"], x.dtype)),
         vjp=_where_scalar_vjp,
+        complex=AS_IT_IS,
         cost=elementwise_cost(1),
         axes=same_axes,
         lower=lambda node, args: f"torch.where({args[0]}, {args[1]}, {scalar(node.attrs['value'])})",
@@ -120,6 +145,18 @@ def _cast_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[V
     return (cast(b, cts[0], node.inputs[0].type.dtype),)
 
 
+def _evaluate_cast(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of complex numbers the real part, as torch has it; they are True unless both parts are zero."""
+    y = node.output.type
+    return (x if y.is_complex or y.dtype == "bool" else x.real).astype(y.numpy_dtype)
+
+
+def _lower_cast(node: Node, args: Sequence[str]) -> str:
+    x, y = node.inputs[0].type, node.output.type
+    part = ".real" if x.is_complex and not y.is_complex and y.dtype != "bool" else ""  # torch would warn
+    return f"{args[0]}{part}.to({torch_dtype(y.dtype)})"
+
+
 def _import_to(b: Builder, x: Value, *args: Any, dtype: str | None = None, **_: Any) -> Value:
     """``to``, ``_to_copy``, ``type_as``: the dtype, if one is given; devices are the planner's business."""
     for arg in (dtype, *args):
@@ -134,11 +171,12 @@ register(
     OpDef(
         name="cast",
         infer=_infer_cast,
-        evaluate=lambda node, x: (x if node.output.type.is_complex else x.real).astype(node.output.type.numpy_dtype),
+        evaluate=_evaluate_cast,
         vjp=_cast_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=same_axes,
-        lower=lambda node, args: f"{args[0]}.to({torch_dtype(node.attrs['dtype'])})",
+        lower=_lower_cast,
         aten=dict.fromkeys(
             ("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default"), _import_to
         ),
@@ -146,6 +184,8 @@ register(
             sample((3, 4), dtype="f32"),
             sample((3, 4), dtype="bf16"),
             Sample((Arg(t(3, dtype="i64"), "small"),), {"dtype": "f64"}),
+            sample((3, 4), dtype="c128"),
+            Sample((Arg(t(3, 4, dtype="c128")),), {"dtype": "f64"}),
         ),
     )
 )

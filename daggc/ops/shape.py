@@ -21,6 +21,7 @@ from daggc.ops.build import (
     broadcast,
     broadcast_together,
     cast,
+    conj,
     full,
     norm_dim,
     permute,
@@ -30,6 +31,7 @@ from daggc.ops.build import (
     zeros_like,
 )
 from daggc.ops.opdef import (
+    AS_IT_IS,
     NOT_DIFFERENTIABLE,
     Arg,
     Axes,
@@ -133,11 +135,29 @@ def _as_list(dims: Sequence[int] | int) -> Sequence[int]:
     return (dims,) if isinstance(dims, int) else dims
 
 
-def _at_least(rank: int) -> Importer:
-    def importer(b: Builder, x: Value) -> Value:
-        return reshape(b, x, (1,) * (rank - x.type.rank) + x.type.shape)
+def at_least(b: Builder, x: Value, rank: int) -> Value:
+    """Axes of size 1 before those there are; the third of three comes last."""
+    shape = (1,) * (min(rank, 2) - x.type.rank) + x.type.shape
+    return reshape(b, x, shape if len(shape) >= rank else (*shape, 1))
 
-    return importer
+
+def _at_least(rank: int) -> Importer:
+    return lambda b, x: at_least(b, x, rank)
+
+
+def _all_at_least(rank: int) -> Importer:
+    return lambda b, tensors: tuple(at_least(b, x, rank) for x in tensors)
+
+
+def _import_resize(b: Builder, x: Value, shape: Sequence[int]) -> Value:
+    """The elements in order. What is new is memory as torch finds it, for which the door stands open."""
+    result = x.type.with_(shape=tuple(shape))
+    if result.numel > x.type.numel:
+        raise NotImplementedError("a resized tensor has elements that nothing has written")
+    flat = reshape(b, x, (x.type.numel,))
+    if result.numel < x.type.numel:
+        flat = b.emit("slice", flat, dim=0, start=0, end=result.numel, step=1)
+    return reshape(b, flat, result.shape)
 
 
 def _identity(b: Builder, x: Value, *_args: Any, **_: Any) -> Value:
@@ -161,6 +181,7 @@ register(
         infer=_infer_reshape,
         evaluate=lambda node, x: x.reshape(node.attrs["shape"]),
         vjp=_reshape_vjp,
+        complex=AS_IT_IS,
         cost=view_cost,
         axes=lambda node: reshape_axes(node.inputs[0].type.shape, node.attrs["shape"]),
         lower=lambda node, args: f"{args[0]}.reshape({node.attrs['shape']})",
@@ -183,16 +204,18 @@ register(
             "ravel.default": _import_flatten,
             "unflatten.int": _import_unflatten,
             **dict.fromkeys(
-                ("squeeze.default", "squeeze.dim", "squeeze.dims", "squeeze_copy.default", "squeeze_copy.dim"), squeeze
+                [f"squeeze{copy}.{form}" for copy in ("", "_copy") for form in ("default", "dim", "dims")], squeeze
             ),
             **dict.fromkeys(("unsqueeze.default", "unsqueeze_copy.default"), unsqueeze),
-            "atleast_1d.default": _at_least(1),
-            "atleast_2d.default": _at_least(2),
+            **{f"atleast_{rank}d.default": _at_least(rank) for rank in (1, 2, 3)},
+            **{f"atleast_{rank}d.Sequence": _all_at_least(rank) for rank in (1, 2, 3)},
+            "resize_as.default": lambda b, x, other, **_: _import_resize(b, x, other.type.shape),
             **dict.fromkeys(
                 (
                     "clone.default",
                     "contiguous.default",
                     "alias.default",
+                    "alias_copy.default",
                     "lift_fresh.default",
                     "lift_fresh_copy.default",
                 ),
@@ -246,9 +269,7 @@ def _import_t(b: Builder, x: Value) -> Value:
 
 
 def _import_adjoint(b: Builder, x: Value) -> Value:
-    if x.type.is_complex:
-        raise TypeRuleError(f"adjoint is supported for real tensors, got {x.type}; write x.mT.conj()")
-    return transpose(b, x)
+    return conj(b, transpose(b, x))
 
 
 def movedim(b: Builder, x: Value, source: Sequence[int] | int, destination: Sequence[int] | int) -> Value:
@@ -267,13 +288,16 @@ register(
         infer=_infer_permute,
         evaluate=lambda node, x: x.transpose(node.attrs["dims"]),
         vjp=_permute_vjp,
+        complex=AS_IT_IS,
         cost=view_cost,
         axes=_permute_axes,
         lower=lambda node, args: f"{args[0]}.permute({node.attrs['dims']})",
         aten={
             **dict.fromkeys(("permute.default", "permute_copy.default"), _import_permute),
-            **dict.fromkeys(("transpose.int", "swapaxes.default", "swapdims.default"), _import_transpose),
-            "t.default": _import_t,
+            **dict.fromkeys(
+                ("transpose.int", "transpose_copy.int", "swapaxes.default", "swapdims.default"), _import_transpose
+            ),
+            **dict.fromkeys(("t.default", "t_copy.default"), _import_t),
             "numpy_T.default": lambda b, x: permute(b, x, tuple(reversed(range(x.type.rank)))),
             "mT.default": lambda b, x: transpose(b, x),
             **dict.fromkeys(("adjoint.default", "mH.default", "matrix_H.default"), _import_adjoint),
@@ -358,6 +382,7 @@ register(
         infer=_infer_broadcast,
         evaluate=lambda node, x: np.broadcast_to(x, node.attrs["shape"]),
         vjp=_broadcast_vjp,
+        complex=AS_IT_IS,
         cost=view_cost,
         axes=_broadcast_axes,
         lower=lambda node, args: f"{args[0]}.expand({node.attrs['shape']})",
@@ -430,6 +455,7 @@ register(
         infer=_infer_flip,
         evaluate=lambda node, x: np.flip(x, node.attrs["dims"]),
         vjp=_flip_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=_flip_axes,
         lower=lambda node, args: f"torch.flip({args[0]}, {node.attrs['dims']})",

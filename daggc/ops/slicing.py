@@ -25,7 +25,7 @@ from daggc.ops.build import (
     reshape,
     zeros_like,
 )
-from daggc.ops.opdef import Axes, OpDef, copy_cost, register, require, sample, view_cost
+from daggc.ops.opdef import AS_IT_IS, Axes, Importer, OpDef, copy_cost, register, require, sample, view_cost
 from daggc.ops.shape import Cotangents, movedim, unsqueeze, whole_along
 
 # --- slice --------------------------------------------------------------------------------------------
@@ -163,16 +163,18 @@ register(
         infer=_infer_slice,
         evaluate=lambda node, x: x[_slices(node.attrs)],
         vjp=_slice_vjp,
+        complex=AS_IT_IS,
         cost=view_cost,
         axes=axes_but_dim,
         lower=_lower_slice,
         aten={
-            "slice.Tensor": _import_slice,
-            "select.int": select,
-            "narrow.default": _import_narrow,
+            **dict.fromkeys(("slice.Tensor", "slice_copy.Tensor"), _import_slice),
+            **dict.fromkeys(("select.int", "select_copy.int"), select),
+            **dict.fromkeys(("narrow.default", "narrow_copy.default"), _import_narrow),
             "slice_backward.default": _import_slice_backward,
             "select_backward.default": _import_select_backward,
-            "diagonal.default": diagonal,
+            **dict.fromkeys(("diagonal.default", "diagonal_copy.default"), diagonal),
+            "linalg_diagonal.default": lambda b, x, *, offset=0, dim1=-2, dim2=-1: diagonal(b, x, offset, dim1, dim2),
         },
         samples=(
             sample((5, 4), dim=0, start=1, end=4, step=1),
@@ -255,6 +257,7 @@ register(
         infer=_infer_slice_update,
         evaluate=_evaluate_slice_update,
         vjp=_slice_update_vjp,
+        complex=AS_IT_IS,
         cost=copy_cost,
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.slice_scatter({args[0]}, {args[1]}, {_slice_args(node.attrs)})",
@@ -264,6 +267,7 @@ register(
             "diagonal_scatter.default": _import_diagonal_scatter,
             "diag_embed.default": _import_diag_embed,
             "diag.default": _import_diag,
+            "diagflat.default": lambda b, x, offset=0: _import_diag_embed(b, reshape(b, x, (x.type.numel,)), offset),
         },
         samples=(
             sample((5, 4), (3, 4), dim=0, start=1, end=4, step=1),
@@ -326,6 +330,16 @@ def _import_tensor_split(b: Builder, x: Value, parts: int | Sequence[int], dim: 
     return tuple(slice_dim(b, x, dim, *_bounds(total, start, end)) for start, end in pairwise(edges))
 
 
+def _import_axis_split(name: str) -> Importer:
+    """``hsplit``, ``vsplit``, ``dsplit``: ``tensor_split`` along the second, first and third axis."""
+
+    def importer(b: Builder, x: Value, parts: int | Sequence[int]) -> tuple[Value, ...]:
+        dim = {"h": 0 if x.type.rank == 1 else 1, "v": 0, "d": 2}[name]
+        return _import_tensor_split(b, x, parts, dim)
+
+    return importer
+
+
 def _import_unbind(b: Builder, x: Value, dim: int = 0) -> tuple[Value, ...]:
     dim = norm_dim(dim, x.type.rank)
     shape = x.type.shape[:dim] + x.type.shape[dim + 1 :]
@@ -338,6 +352,7 @@ register(
         infer=_infer_split,
         evaluate=_evaluate_split,
         vjp=_split_vjp,
+        complex=AS_IT_IS,
         cost=view_cost,
         axes=axes_but_dim,
         lower=lambda node, args: f"torch.split({args[0]}, {list(node.attrs['sizes'])}, {node.attrs['dim']})",
@@ -349,12 +364,15 @@ register(
                     "split_with_sizes.default",
                     "unsafe_split.Tensor",
                     "unsafe_split_with_sizes.default",
+                    "split_copy.Tensor",
+                    "split_with_sizes_copy.default",
                 ),
                 _import_split,
             ),
             **dict.fromkeys(("chunk.default", "unsafe_chunk.default"), _import_chunk),
             **dict.fromkeys(("tensor_split.sections", "tensor_split.indices"), _import_tensor_split),
-            "unbind.int": _import_unbind,
+            **dict.fromkeys(("unbind.int", "unbind_copy.int"), _import_unbind),
+            **{f"{axis}split.{form}": _import_axis_split(axis) for axis in "hvd" for form in ("int", "array")},
         },
         samples=(sample((2, 6), sizes=(1, 3, 2), dim=1), sample((4,), sizes=(2, 0, 2), dim=0)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,9 +117,22 @@ def _import_low(name: str) -> Importer:
     return importer
 
 
+def _import_safe(b: Builder, x: Value, dim: int, dtype: str | None = None) -> Value:
+    """``_safe_softmax``: zeros, not NaN, where all of a row is masked by -inf."""
+    x = cast(b, x, dtype or x.type.dtype)
+    if not x.type.rank:
+        raise NotImplementedError("_safe_softmax of a scalar")
+    dim = norm_dim(dim, x.type.rank)
+    masked = b.emit("all", b.emit("eq_scalar", x, value=-math.inf), dims=(dim,), keepdim=True)
+    kept = broadcast(b, b.emit("logical_not", masked), x.type.shape)
+    y = b.emit("softmax", b.emit("where_scalar", kept, x, value=0.0), dim=dim)  # finite: a gradient of 0 stays 0
+    return b.emit("where_scalar", kept, y, value=0.0)
+
+
 def _import_backward(name: str) -> Importer:
     def importer(b: Builder, ct: Value, y: Value, dim: int, input_dtype: str) -> Value:
-        return cast(b, b.emit(name, ct, y, dim=norm_dim(dim, y.type.rank)), input_dtype)
+        result = b.emit(f"{name}_backward", cast(b, ct, y.type.dtype), y, dim=norm_dim(dim, y.type.rank))
+        return cast(b, result, input_dtype)
 
     return importer
 
@@ -148,7 +162,11 @@ def _register_pair(
             cost=reduction_cost(12),
             axes=_axes,
             lower=lambda node, args: f"torch.{name}({args[0]}, {node.attrs['dim']})",
-            aten={f"{name}.int": _import(name), f"_{name}.default": _import_low(name)},
+            aten={
+                f"{name}.int": _import(name),
+                f"_{name}.default": _import_low(name),
+                **({"_safe_softmax.default": _import_safe} if name == "softmax" else {}),
+            },
             samples=(
                 sample((3, 4), dim=1),
                 sample((3, 4), dim=0),

@@ -13,6 +13,7 @@ from daggc.ops.build import (
     scale,
 )
 from daggc.ops.elementwise import (
+    piecewise_constant,
     unary,
 )
 from daggc.ops.opdef import (
@@ -30,21 +31,13 @@ def _one_minus(b: Builder, x: Value) -> Value:
 
 unary("neg", np.negative, lambda b, n, ct: neg(b, ct), to_float=False)
 unary(
-    "abs",
-    np.abs,
-    lambda b, n, ct: mul(b, ct, b.emit("sign", n.inputs[0])),
-    domain="nonzero",
-    to_float=False,
-    kinds="if",
-)
-unary(
     "sign",
     lambda x: np.where(x == x, np.sign(x), 0),  # torch's sign of NaN is 0
-    NOT_DIFFERENTIABLE,
+    piecewise_constant,
     to_float=False,
     kinds="if",
     domain="nonzero",
-    aten=("sign.default", "sgn.default"),
+    aten=("sign.default",),
 )
 unary("exp", np.exp, lambda b, n, ct: mul(b, ct, n.output), flops=8)
 unary(
@@ -102,10 +95,10 @@ unary(
     flops=12,
     kinds="f",
 )
-unary("floor", np.floor, NOT_DIFFERENTIABLE, to_float=False, kinds="if")
-unary("ceil", np.ceil, NOT_DIFFERENTIABLE, to_float=False, kinds="if")
-unary("trunc", np.trunc, NOT_DIFFERENTIABLE, to_float=False, kinds="if")
-unary("round", np.round, NOT_DIFFERENTIABLE, to_float=False, kinds="if")
+unary("floor", np.floor, piecewise_constant, to_float=False, kinds="if")
+unary("ceil", np.ceil, piecewise_constant, to_float=False, kinds="if")
+unary("trunc", np.trunc, piecewise_constant, to_float=False, kinds="if")
+unary("round", np.round, piecewise_constant, to_float=False, kinds="if")
 unary("isnan", np.isnan, NOT_DIFFERENTIABLE, predicate=True, to_float=False, kinds="bifc")
 unary("isinf", np.isinf, NOT_DIFFERENTIABLE, predicate=True, to_float=False, kinds="bifc")
 unary("logical_not", np.logical_not, NOT_DIFFERENTIABLE, predicate=True, to_float=False, kinds="bifc")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from daggc.errors import TypeRuleError
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ops.build import broadcast_together, cast, mul, promote_dtypes, scale, sub
@@ -62,23 +61,8 @@ def vector_norm(
 ) -> Value:
     """The p-norm over some axes, or of all elements."""
     order = 2.0 if order is None else float(order)
-    return reduce(b, "vector_norm", cast(b, x, dtype or x.type.dtype), dim, keepdim, ord=order)
-
-
-def _import_linalg_norm(
-    b: Builder,
-    x: Value,
-    ord: float | None = None,
-    dim: Dims = None,
-    keepdim: bool = False,
-    *,
-    dtype: str | None = None,
-) -> Value:
-    axes = [dim] if isinstance(dim, int) else dim
-    over_matrices = (len(axes) == 2) if axes is not None else x.type.rank == 2
-    if ord is not None and over_matrices:
-        raise TypeRuleError(f"linalg.norm of order {ord} of matrices is not supported; vector norms are")
-    return vector_norm(b, x, ord, dim, keepdim, dtype)
+    x = cast(b, x, dtype or x.type.dtype)
+    return reduce(b, "vector_norm", b.emit("abs", x) if x.type.is_complex else x, dim, keepdim, ord=order)
 
 
 def _import_vector_norm(
@@ -107,7 +91,6 @@ reduction(
     {
         **dict.fromkeys(("linalg_vector_norm.default", *_NORM_OVERLOADS), _import_vector_norm),
         "frobenius_norm.dim": lambda b, x, dim, keepdim=False: vector_norm(b, x, 2, dim, keepdim),
-        "linalg_norm.default": _import_linalg_norm,
         "dist.default": _import_dist,
     },
     lower=_lower_vector_norm,

@@ -53,6 +53,10 @@ def _cast(b: Builder, node: Node, inputs: Sequence[Value], maker: Node | None) -
     return inputs[0] if inputs[0].type.dtype == node.attrs["dtype"] else None
 
 
+def _conj(b: Builder, node: Node, inputs: Sequence[Value], maker: Node | None) -> Value | None:
+    return maker.inputs[0] if maker is not None and maker.op == "conj" else None
+
+
 def _neg(b: Builder, node: Node, inputs: Sequence[Value], maker: Node | None) -> Value | None:
     return maker.inputs[0] if maker is not None and maker.op == "neg" else None
 
@@ -78,6 +82,7 @@ RULES: dict[str, Rule] = {
     "permute": _permute,
     "broadcast": _broadcast,
     "cast": _cast,
+    "conj": _conj,
     "neg": _neg,
     "mul_scalar": _unit_scale,
     "div_scalar": _unit_scale,

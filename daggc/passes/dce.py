@@ -25,7 +25,7 @@ def live_nodes(graph: Graph, roots: set[str]) -> list[Node]:
 def eliminate(graph: Graph) -> Graph:
     """Drop nodes that no output and no effect needs."""
     roots = {port.value.name for port in graph.outputs}
-    roots |= {value.name for node in graph.nodes if node.op in _EFFECTS for value in node.outputs}
+    roots |= {value.name for node in graph.nodes if node.holds(*_EFFECTS) for value in node.outputs}
     return Graph(graph.name, graph.inputs, tuple(live_nodes(graph, roots)), graph.outputs)
 
 

@@ -20,7 +20,7 @@ _LIMIT = 64  # elements; larger constants are cheaper to compute than to ship
 _EXACT = frozenset(
     (
         *("cast", "reshape", "permute", "slice", "concat", "broadcast", "where", "where_scalar"),
-        *("neg", "abs", "add", "sub", "mul", "div", "add_scalar", "sub_scalar", "mul_scalar", "div_scalar"),
+        *("neg", "abs", "conj", "real", "imag", "complex", "add", "sub", "mul", "div", "add_scalar", "sub_scalar", "mul_scalar", "div_scalar"),
     )
 )
 _OPAQUE = ("python.call", "torch.call", "call", "transfer")
@@ -31,7 +31,7 @@ def fold_constants(graph: Graph) -> Graph:
     known: dict[str, np.ndarray] = {}
 
     def visit(b: Builder, node: Node, inputs: Sequence[Value]) -> Sequence[Value] | None:
-        if node.op in _OPAQUE or any(value.name not in known for value in inputs):
+        if node.op in _OPAQUE or node.attrs.graphs or any(value.name not in known for value in inputs):
             return None
         if any(value.type.numel > _LIMIT for value in node.outputs):
             return None

@@ -26,7 +26,7 @@ def split(joint: Graph, primal: Graph) -> tuple[Graph, Graph]:
     primal_outputs = {port.ref for port in primal.outputs}
     outputs = [port for port in joint.outputs if port.ref in primal_outputs]
     gradients = tuple(port for port in joint.outputs if port.ref not in primal_outputs)
-    primal_effects = {value.name for node in primal.nodes if node.op == "python.call" for value in node.outputs}
+    primal_effects = {value.name for node in primal.nodes if node.holds("python.call") for value in node.outputs}
     forward_nodes = live_nodes(joint, {port.value.name for port in outputs} | primal_effects)
     makers = {value.name: node for node in forward_nodes for value in node.outputs}
     own = [

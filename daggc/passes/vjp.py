@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from daggc.errors import DifferentiationError, IRError, located
+from daggc.interp import decomposition
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Graph, Node, Port, Program, Value
 from daggc.ops import REGISTRY
-from daggc.ops.opdef import NOT_DIFFERENTIABLE, Derivative
+from daggc.ops.build import conj, zeros_like
+from daggc.ops.opdef import AS_IT_IS, HOLOMORPHIC, NOT_DIFFERENTIABLE, REAL_ONLY, Derivative
 from daggc.passes.canonicalize import simplify_nodes
 from daggc.passes.cse import merge_equal
-from daggc.passes.dce import eliminate
+from daggc.passes.dce import eliminate, live_nodes
 from daggc.passes.manager import Pass, register_pass, same_ports
 from daggc.passes.split import join, split
 
@@ -29,44 +31,6 @@ WRT = {
     "params": ("param",),
     "inputs": ("input", "cotangent"),
 }
-# The rules are written for real numbers and do not conjugate. Of complex numbers they hold for what is linear
-# with real factors; torch differentiates what is behind a door.
-COMPLEX_TOO = frozenset(
-    [
-        "add",
-        "add_scalar",
-        "broadcast",
-        "cast",
-        "concat",
-        "cumsum",
-        "div_scalar",
-        "embedding",
-        "flip",
-        "gather",
-        "index",
-        "index_add",
-        "index_put",
-        "index_select",
-        "mean",
-        "mul_scalar",
-        "neg",
-        "pad",
-        "permute",
-        "python.call",
-        "reshape",
-        "scatter",
-        "scatter_add",
-        "slice",
-        "slice_update",
-        "split",
-        "sub",
-        "sub_scalar",
-        "sum",
-        "torch.call",
-        "where",
-        "where_scalar",
-    ]
-)
 
 
 def differentiate(forward: Graph, wrt: Iterable[str] | None = None) -> Graph:
@@ -190,12 +154,17 @@ def _pull_back(b: Builder, node: Node, cts: Sequence[Value | None], active: set[
     op = REGISTRY[node.op]
     if op.vjp is NOT_DIFFERENTIABLE:
         return [None] * len(node.inputs)
-    if node.op not in COMPLEX_TOO and any(value.type.is_complex for value in (*node.inputs, *node.outputs)):
+    if node.attrs.graphs and not isinstance(op.vjp, Derivative):
+        wanted = [value.name in active and value.type.differentiable for value in node.inputs]
+        return op.vjp(b, node, cts, _Pullbacks(wanted))
+    if not isinstance(op.vjp, Derivative):
+        if not _is_complex(node) or op.complex is AS_IT_IS:
+            return op.vjp(b, node, cts)
+        if op.complex is HOLOMORPHIC:
+            return _conjugated(b, op.vjp(b, node, _conjugated(b, cts)))
         raise DifferentiationError(
             located(f"the VJP of {node.op!r} holds for real numbers, not for complex ones", node.path, node.source)
         )
-    if not isinstance(op.vjp, Derivative):
-        return op.vjp(b, node, cts)
     assert op.decompose is not None, "OpDef requires it for BY_DECOMPOSITION"
     start = len(b.nodes)
     outputs = op.decompose(b, node, *node.inputs)
@@ -212,6 +181,54 @@ def _pull_back(b: Builder, node: Node, cts: Sequence[Value | None], active: set[
         inner_cotangents.get(value.name) if first_use[value.name] == index else None
         for index, value in enumerate(node.inputs)
     ]
+
+
+def _is_complex(node: Node) -> bool:
+    return any(value.type.is_complex for value in (*node.inputs, *node.outputs))
+
+
+def _conjugated(b: Builder, cts: Sequence[Value | None]) -> Sequence[Value | None]:
+    """A rule that multiplies by a factor f multiplies by conj(f) between two conjugations, which cost nothing
+    in a chain of such rules: those that meet there cancel (``canonicalize``)."""
+    return [None if ct is None else conj(b, ct) for ct in cts]
+
+
+def has_rule(node: Node) -> bool:
+    """Whether a node can be differentiated: the rules of some ops hold for real numbers only."""
+    op = REGISTRY[node.op]
+    if op.vjp is NOT_DIFFERENTIABLE or node.attrs.graphs or not _is_complex(node):
+        return True
+    if isinstance(op.vjp, Derivative):
+        return all(map(has_rule, decomposition(node).nodes))
+    return op.complex is not REAL_ONLY
+
+
+@dataclass(frozen=True)
+class _Pullbacks:
+    """Pullbacks of graphs inside a node; see :class:`daggc.ops.opdef.Pullbacks`."""
+
+    wanted: Sequence[bool]
+
+    def __call__(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> Graph:
+        b = REGISTRY.builder(graph.name)
+        b.reserve(value.name for value in graph.values())
+        for port in graph.inputs:
+            b.adopt(port)
+        for node in graph.nodes:
+            b.append(node, node.inputs)
+        roots = [graph.inputs[index].value for index in wrt]
+        cotangents: dict[str, Value] = {}
+        for index in given:
+            value = graph.outputs[index].value
+            ct = b.input(value.type, "input", str(b.arity), name=f"ct_{value.name}")
+            _accumulate(b, cotangents, value, ct)
+        active = _active_values(graph.nodes, {value.name for value in roots})
+        _reverse(b, [replace(node, origin="") for node in graph.nodes], cotangents, active)
+        for place, value in enumerate(roots):
+            b.output(cotangents.get(value.name) or zeros_like(b, value), "output", str(place))
+        joint = b.build()
+        needed = live_nodes(joint, {port.value.name for port in joint.outputs})  # not what is run for its effects
+        return simplify(replace(joint, nodes=tuple(needed)))
 
 
 def _accumulate(b: Builder, cotangents: dict[str, Value], primal: Value, ct: Value) -> None:

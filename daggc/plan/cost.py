@@ -77,7 +77,7 @@ class Costs:
             np.array([cost.bytes for cost in costs], float),
             np.array([number[cost.op_class] for cost in costs], np.intp),
             names,
-            np.array([node.op == "python.call" for node in nodes], bool),
+            np.array([node.holds("python.call") for node in nodes], bool),
         )
 
     def seconds(self, device: Device) -> np.ndarray:

@@ -92,7 +92,7 @@ def _forward_names(joint: Graph, primal: Graph) -> set[str]:
     """First output names of the nodes of the forward phase, as :func:`daggc.passes.split.split` has it."""
     refs = {port.ref for port in primal.outputs}
     roots = {port.value.name for port in joint.outputs if port.ref in refs}
-    roots |= {value.name for node in primal.nodes if node.op == "python.call" for value in node.outputs}
+    roots |= {value.name for node in primal.nodes if node.holds("python.call") for value in node.outputs}
     return {node.outputs[0].name for node in live_nodes(joint, roots)}
 
 
@@ -173,7 +173,7 @@ def _task(
 ) -> tuple[Node, Graph] | None:
     """The call and the body of one task, which gives what is ``wanted`` of it; None if that is nothing."""
     stage, phase = key
-    effects = {value.name for node in own if node.op == "python.call" for value in node.outputs}
+    effects = {value.name for node in own if node.holds("python.call") for value in node.outputs}
     kept = live_nodes(
         Graph("", (), tuple(own), ()), {v.name for n in own for v in n.outputs if v.name in wanted} | effects
     )
@@ -214,7 +214,7 @@ def cheap_values(graph: Graph) -> frozenset[str]:
         names = [value.name for value in node.outputs]
         if node.op in RECOMPUTED:
             cheap.update(names)
-        if node.op not in _OPAQUE and all(value.name in plain for value in node.inputs):
+        if not node.holds(*_OPAQUE) and all(value.name in plain for value in node.inputs):
             plain.update(names)
             if len(names) == 1 and REGISTRY[node.op].cost(node).op_class in _CHEAP:
                 cheap.update(names)
@@ -254,7 +254,7 @@ def _with_inputs(body: Graph, extra: Sequence[Value]) -> Graph:
     given = {value.name for value in extra}
     nodes = tuple(node for node in body.nodes if not any(value.name in given for value in node.outputs))
     roots = {port.value.name for port in body.outputs}
-    roots |= {value.name for node in nodes if node.op == "python.call" for value in node.outputs}
+    roots |= {value.name for node in nodes if node.holds("python.call") for value in node.outputs}
     live = tuple(live_nodes(replace(body, nodes=nodes), roots))
     read = roots | {value.name for node in live for value in node.inputs}
     ports = tuple(port for port in body.inputs if port.value.name in read)

@@ -43,7 +43,7 @@ def plural(count: int, noun: str) -> str:
 
 def counts(program: Program) -> str:
     """One line: graphs, nodes, weights, and whether the program is portable."""
-    nodes = sum(len(graph.nodes) for graph in program.graphs.values())
+    nodes = sum(1 for graph in program.graphs.values() for _ in graph.walk())
     ports = {port.ref: port for graph in program.graphs.values() for port in graph.inputs}.values()
     parts = [plural(len(program.graphs), "graph"), plural(nodes, "node")]
     for kind, noun in (("param", "parameter"), ("buffer", "buffer"), ("constant", "constant")):
@@ -56,7 +56,7 @@ def counts(program: Program) -> str:
 
 def doors(program: Program) -> Counter[tuple[str, str]]:
     """How often each target goes through each door: (op, target) -> count."""
-    nodes = (node for graph in program.graphs.values() for node in graph.nodes if node.op in DOORS)
+    nodes = (node for graph in program.graphs.values() for node in graph.walk() if node.op in DOORS)
     return Counter((node.op, str(node.attrs["target"])) for node in nodes)
 
 

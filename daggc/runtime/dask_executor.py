@@ -45,7 +45,7 @@ def opaque_functions(program: Program) -> dict[str, Any]:
     targets = {
         str(node.attrs["target"])
         for graph in program.graphs.values()
-        for node in graph.nodes
+        for node in graph.walk()
         if node.op == "python.call"
     }
     return registered(sorted(targets))

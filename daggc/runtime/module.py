@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from daggc.errors import CaptureError, RunError
-from daggc.frontend.export import Capture, capture
+from daggc.frontend.autocast import autocast_state
+from daggc.frontend.branches import Answers, decisions_of
+from daggc.frontend.export import Capture, capture, plain_call
 from daggc.frontend.pytree import Spec, flatten
 from daggc.ir.graph import Port, Program
 from daggc.passes import SIMPLIFY
@@ -27,7 +30,7 @@ from daggc.runtime.pool import Pool
 from daggc.runtime.thunk import Thunk
 from daggc.runtime.train import TrainStep, train_step
 
-_CACHE_SIZE = 16  # captured signatures kept for one module
+_CACHE_SIZE = 16  # captured signatures kept for one module, and branches of one signature
 
 Fetch = Callable[[], torch.Tensor]
 
@@ -42,7 +45,16 @@ class Entry:
     fetch: tuple[Fetch | None, ...]  # None: a user input or the random key
     function: Differentiable | None
     executor: Executor
+    wants: tuple[bool, ...]  # which inputs require gradients
     local_tasks: DaskExecutor | None = None  # for thunks without a client, made when first asked for
+    branches: dict[Answers, Entry] = field(default_factory=dict)  # this signature, by what the model's Python decides
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The outputs of ``@forward``, with their place in torch's autograd graph."""
+        if self.function is not None:
+            return self.function(inputs)
+        with torch.no_grad():
+            return self.executor.forward(inputs)[0]
 
     @property
     def out_spec(self) -> Spec:
@@ -55,7 +67,8 @@ class CompiledModule(nn.Module):
     It shares parameters, buffers and submodules with the model, so ``parameters()``, ``state_dict()``,
     ``to()`` and any ``torch.optim`` see the model's own. It is captured at its first call, and again for each
     new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode and plain
-    attributes (numbers, flags) of each module, which parameters require gradients. The 16 used last are kept.
+    attributes (numbers, flags) of each module, which parameters require gradients, the autocast around the call.
+    The 16 used last are kept.
     What a model reads elsewhere (a config object, a global) is as it was at capture.
     """
 
@@ -98,37 +111,67 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = flatten((args, kwargs))
-        entry = self.entry(leaves, spec)
-        inputs = self.inputs(entry, leaves)
-        if entry.function is None:
-            with torch.no_grad():
-                results = entry.executor.forward(inputs)[0]
-        else:
-            results = entry.function(inputs)
+        entry, results = self._run(leaves, spec)
         for (path, name), value in entry.captured.assigned.items():
             setattr(self.model.get_submodule(path), name, value)
         return entry.out_spec.rebuild(iter(self.store_buffers(entry, results)))
 
+    def _run(self, leaves: Sequence[torch.Tensor], spec: Spec) -> tuple[Entry, Sequence[torch.Tensor]]:
+        """Run the captured program for these arguments; another one if the model's Python now decides otherwise."""
+        entry = self.entry(leaves, spec)
+        try:
+            return entry, entry.run(self.inputs(entry, leaves))
+        except RunError:
+            other = self._other_branch(entry, leaves, spec) if entry.captured.answers else entry
+            if other is entry:
+                raise
+        return other, other.run(self.inputs(other, leaves))
+
+    def _other_branch(self, entry: Entry, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:
+        """The program of the same signature that is captured along the branch which these arguments take."""
+        args, kwargs = spec.rebuild(iter([leaf.detach().clone() for leaf in leaves]))
+        answers = decisions_of(self.model, plain_call, args, kwargs)
+        if answers not in entry.branches:
+            args, kwargs = spec.rebuild(iter(leaves))
+            new = self._build(capture(self.model, args, kwargs), entry.wants)
+            new.branches = entry.branches
+            if len(entry.branches) == _CACHE_SIZE:
+                warnings.warn(
+                    f"the model's Python decides on numbers of its inputs, which were others in {_CACHE_SIZE} calls so "
+                    "far; each such call is captured anew, which is slow: keep the numbers in tensors (torch.where), "
+                    "or mark the function that reads them with @daggc.opaque",
+                    stacklevel=4,
+                )
+                entry.branches.pop(next(iter(entry.branches)))
+            entry.branches[answers] = new
+        self._entries[self._key(leaves, spec)] = entry.branches[answers]
+        return entry.branches[answers]
+
     def entry(self, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:
         """The captured program for these arguments, from the cache or captured now."""
-        wants = tuple(leaf.requires_grad and torch.is_grad_enabled() for leaf in leaves)
-        key = (
-            str(spec.tree),
-            tuple((leaf.dtype, leaf.shape, leaf.layout) for leaf in leaves),
-            wants,
-            torch.is_grad_enabled(),
-            tuple(_settings(module) for module in self.model.modules()),
-            tuple((parameter.dtype, parameter.requires_grad) for parameter in self.model.parameters()),
-        )
+        key = self._key(leaves, spec)
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         args, kwargs = spec.rebuild(iter(leaves))
-        entry = self._build(capture(self.model, args, kwargs), wants)
+        entry = self._build(capture(self.model, args, kwargs), _wants(leaves))
+        entry.branches[entry.captured.answers] = entry
         self._entries[key] = entry
         if len(self._entries) > _CACHE_SIZE:
             self._entries.popitem(last=False)
         return entry
+
+    def _key(self, leaves: Sequence[torch.Tensor], spec: Spec) -> Any:
+        """What decides which program runs: a call that differs in it is captured anew."""
+        return (
+            str(spec.tree),
+            tuple((leaf.dtype, leaf.shape, leaf.layout) for leaf in leaves),
+            _wants(leaves),
+            torch.is_grad_enabled(),
+            autocast_state(),
+            tuple(_settings(module) for module in self.model.modules()),
+            tuple((parameter.dtype, parameter.requires_grad) for parameter in self.model.parameters()),
+        )
 
     def _build(self, captured: Capture, wants: Sequence[bool]) -> Entry:
         program = run(captured.program, pipeline(SIMPLIFY))
@@ -141,7 +184,7 @@ class CompiledModule(nn.Module):
         function = Differentiable(program, differentiable, self._make_executor) if differentiable else None
         executor = self._make_executor(program, ()) if function is None else function.executor
         fetch = tuple(self._fetch(port, captured) for port in forward.inputs)
-        return Entry(captured, program, forward.inputs, fetch, function, executor)
+        return Entry(captured, program, forward.inputs, fetch, function, executor, tuple(wants))
 
     def _fetch(self, port: Port, captured: Capture) -> Fetch | None:
         """How to get the live tensor behind a port: looked up at each call, for it may be replaced."""
@@ -259,6 +302,10 @@ class CompiledModule(nn.Module):
             else:
                 rest.append(result)
         return rest
+
+
+def _wants(leaves: Sequence[torch.Tensor]) -> tuple[bool, ...]:
+    return tuple(leaf.requires_grad and torch.is_grad_enabled() for leaf in leaves)
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

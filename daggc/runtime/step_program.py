@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from daggc.errors import CaptureError
+from daggc.frontend.autocast import State, autocast_state
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
@@ -191,10 +192,13 @@ class StepBuilder:
         return self._captures[key]
 
 
-def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """What a program depends on beside its inputs: which modules are in training mode, which parameters are frozen."""
+def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...], State]:
+    """What a program depends on beside its inputs.
+
+    Which modules are in training mode, which parameters are frozen, and the autocast around the call.
+    """
     training = tuple(module.training for module in model.modules())
-    return training, tuple(parameter.requires_grad for parameter in model.parameters())
+    return training, tuple(parameter.requires_grad for parameter in model.parameters()), autocast_state()
 
 
 def whole_batch(forward: Graph, batch: Batch) -> Microbatched:

@@ -10,7 +10,9 @@ from daggc.ir.graph import Graph, Value
 from daggc.ir.types import TensorType
 from daggc.ops.opdef import Arg
 
-_NAMED = re.compile(r"(real|positive|unit|nonzero|distinct|bool|small|count|key|index(\d+))(?:_\d+)?")
+_NAMED = re.compile(
+    r"(real|positive|unit|large|nonzero|distinct|bool|small|count|key|regular|hermitian|triangular|index(\d+))(?:_\d+)?"
+)
 _KEY_RANGE = 2**31
 
 
@@ -43,6 +45,10 @@ def draw_array(arg: Arg, rng: np.random.Generator) -> np.ndarray:
         numbers = rng.integers(0, 2, type_.shape)
     elif domain == "count":
         numbers = rng.integers(1, 10, type_.shape)
+    elif type_.is_integer and domain in ("positive", "nonzero", "unit", "distinct"):
+        numbers = _whole_numbers(type_, domain, rng)
+    elif domain in ("regular", "hermitian", "triangular") and type_.rank >= 2 and not type_.is_integer:
+        numbers = _matrices(type_, domain, rng)
     elif domain == "small" or type_.is_integer:
         numbers = rng.integers(0 if type_.dtype == "u8" else -4, 5, type_.shape)
     elif type_.is_complex:
@@ -52,12 +58,45 @@ def draw_array(arg: Arg, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(numbers).astype(type_.numpy_dtype)
 
 
+def _whole_numbers(type_: TensorType, domain: str, rng: np.random.Generator) -> np.ndarray:
+    """Integers in place of the real numbers of a domain."""
+    shape = type_.shape
+    if domain == "distinct":
+        return rng.permutation(np.arange(type_.numel)).reshape(shape)
+    if domain == "unit":
+        return rng.integers(0, 2, shape)
+    signs = rng.choice((-1, 1), shape) if domain == "nonzero" and type_.dtype != "u8" else 1
+    return rng.integers(1, 5, shape) * signs
+
+
+def _matrices(type_: TensorType, domain: str, rng: np.random.Generator) -> np.ndarray:
+    """Matrices far from singular, with singular values (and eigenvalues) apart: small numbers around a diagonal.
+
+    Those of domain ``regular`` have their rows rolled, so that pivots are not on the diagonal.
+    """
+    rows, columns = type_.shape[-2:]
+    numbers = rng.normal(size=type_.shape)
+    if type_.is_complex:
+        numbers = numbers + 1j * rng.normal(size=type_.shape)
+    numbers = 0.15 * numbers + np.eye(rows, columns) * (1 + 0.5 * np.arange(columns))
+    return np.roll(numbers, 1, -2) if domain == "regular" else within(domain, numbers)
+
+
+def within(domain: str, matrices: np.ndarray) -> np.ndarray:
+    """Matrices of the structure that a domain has: hermitian, or lower triangular."""
+    if matrices.ndim >= 2 and domain == "hermitian":
+        return (matrices + matrices.swapaxes(-1, -2).conj()) / 2
+    return np.tril(matrices) if matrices.ndim >= 2 and domain == "triangular" else matrices
+
+
 def _real_numbers(type_: TensorType, domain: str, rng: np.random.Generator) -> np.ndarray:
     shape = type_.shape
     if domain == "positive":
         return rng.uniform(0.2, 2.0, shape)
     if domain == "unit":
         return rng.uniform(0.05, 0.95, shape)
+    if domain == "large":
+        return rng.uniform(1.2, 4.0, shape)
     if domain == "nonzero":
         return rng.uniform(0.2, 2.0, shape) * rng.choice((-1.0, 1.0), shape)
     if domain == "distinct":

@@ -9,6 +9,7 @@ import numpy as np
 
 from daggc.interp import interpret_graph
 from daggc.ir.graph import Graph, Port, Program
+from daggc.testing.arrays import domain_of, within
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -73,12 +74,13 @@ def inner(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def random_direction(ports: Sequence[Port], seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal numbers for each port, by ``ref``: a direction, or cotangents."""
+    """Normal numbers for each port, by ``ref``: a direction, or cotangents. Matrices keep their domain's structure."""
     direction: dict[str, np.ndarray] = {}
     for index, port in enumerate(ports):
         rng = np.random.default_rng([seed, index, 1])
         numbers = rng.normal(size=port.value.type.shape)
         if port.value.type.is_complex:
             numbers = numbers + 1j * rng.normal(size=port.value.type.shape)
-        direction[port.ref] = np.asarray(numbers).astype(port.value.type.numpy_dtype)
+        numbers = within(domain_of(port.value), np.asarray(numbers))
+        direction[port.ref] = numbers.astype(port.value.type.numpy_dtype)
     return direction

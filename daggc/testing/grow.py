@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import strategies as st
 
 from daggc.interp import evaluate_node
 from daggc.ir.attrs import Attr
@@ -15,40 +14,61 @@ from daggc.ir.types import TensorType
 from daggc.ops import REGISTRY
 from daggc.ops.opdef import Arg
 from daggc.testing.arrays import distinct_gap, draw_array, port_name
+from daggc.testing.choices import Choices, pick, pick_weighted
+from daggc.testing.fit import fitted
+from daggc.testing.likeness import Likeness
 from daggc.testing.samples import OpSample
 
 _LIMIT = 4.0  # larger numbers are scaled down before they are read again
-_FRESH_ONLY = ("key", "count")  # too particular to be made of other values, or to be read as others
+_FRESH_ONLY = ("key", "count", "regular", "hermitian", "triangular")  # too particular to be made of other values, or to be read as others
 _MAX_OUTPUTS = 3
+_OF_REALS = ("positive", "unit", "large", "nonzero", "distinct")  # domains that a remainder does not lead to
 _RECENT = 5
 _MAX_CONCAT = 3  # more copies are made by a broadcast
+_APART = 0.01  # between numbers of a distinct domain, and from the ends of others: more than differences move them
 
 
 class Grower:
     """Draws values for arguments and emits nodes, computing every value on the way.
 
     ``differentiable``: nothing discontinuous in a float is made, and at least one output is active, that is,
-    depends on a float ``param`` or ``input``.
+    depends on a float ``param`` or ``input``. ``likeness``: which ops read what in models; values are then read
+    as they are wherever their numbers allow it.
     """
 
-    def __init__(self, draw: st.DrawFn, differentiable: bool) -> None:
-        self.draw = draw
+    def __init__(self, choices: Choices, differentiable: bool, likeness: Likeness | None = None) -> None:
+        self.choices = choices
         self.differentiable = differentiable
+        self.likeness = likeness
         self.b = REGISTRY.builder("forward")
         self._arrays: dict[str, np.ndarray] = {}
         self._pool: list[Value] = []
         self._domains: dict[str, str] = {}
         self._active: set[str] = set()
+        self._makers: dict[str, str] = {}
+        self._fixed: set[str] = set()  # values that no input has a part in
         self._ports: list[tuple[Value, str, str]] = []
         if differentiable:
             self._fresh(Arg(TensorType("f64", (2, 3))), smooth=True)
 
     # --- growing --------------------------------------------------------------------------------------
 
-    def add(self, sample: OpSample, smooth: Sequence[bool]) -> None:
-        """Add the op of a sample. ``smooth[i]``: the op is differentiable in argument i."""
-        pairs = zip(sample.sample.inputs, smooth, strict=True)
-        inputs = [self._find(arg, has_cotangent) for arg, has_cotangent in pairs]
+    def add(self, sample: OpSample, smooth: Sequence[bool], at: int = -1, value: Value | None = None) -> None:
+        """Add the op of a sample. ``smooth[i]``: the op is differentiable in argument i.
+
+        ``value``: what argument ``at`` reads, if the op can be made to read it.
+        """
+        inputs: list[Value] = []
+        if value is not None:
+            if self._fits(value, sample.sample.inputs[at], smooth[at]):
+                sample = fitted(self.choices, sample, at, value.type) or sample
+            else:
+                at = -1
+        for index, (arg, has_cotangent) in enumerate(zip(sample.sample.inputs, smooth, strict=True)):
+            if index == at and value is not None:
+                inputs.append(value if self._is(value, arg) else self._adapt(value, arg))
+            else:
+                inputs.append(self._find(arg, has_cotangent, sample.op.name, index))
         outputs = self._emit_many(sample.op.name, *inputs, **sample.sample.attrs)
         float_inputs = any(value.type.differentiable for value in inputs)
         for value in outputs:
@@ -62,6 +82,14 @@ class Grower:
             return not float_inputs
         return bool(np.isfinite(self._arrays[value.name]).all())
 
+    def recent(self) -> tuple[Value, str] | None:
+        """One of the latest values, and the op that made it (``""`` for an input); None if there is none."""
+        if not self._pool:
+            return None
+        count = min(_RECENT, len(self._pool))
+        value = self._pool[-1 - min(self.choices.below(count), self.choices.below(count))]  # the last ones the likeliest
+        return value, self._makers.get(value.name, "")
+
     def finish(self) -> None:
         """Choose outputs: the latest value (if need be, the latest active one) and some others."""
         pool = self._pool[::-1]
@@ -70,8 +98,9 @@ class Grower:
             eligible = [self._fresh(Arg(TensorType("f64", (2,))), smooth=True)]
         read = {value.name for node in self.b.nodes for value in node.inputs}
         unread = [value for value in pool if value.name not in read]
-        more = st.lists(st.sampled_from(unread + pool or eligible), max_size=_MAX_OUTPUTS - 1)
-        chosen = [eligible[0], *self.draw(more)]
+        others = unread + pool or eligible
+        more = self.choices.below(_MAX_OUTPUTS)
+        chosen = [eligible[0], *(pick(self.choices, others) for _ in range(more))]
         for index, value in enumerate(chosen):
             self.b.output(value, "output", str(index))
         for port, kind, target in self._ports:
@@ -84,8 +113,12 @@ class Grower:
     def _emit_many(self, op: str, *inputs: Value, **attrs: Attr) -> tuple[Value, ...]:
         outputs = self.b.emit_many(op, *inputs, **attrs)
         arrays = evaluate_node(self.b.nodes[-1], [self._arrays[value.name] for value in inputs])
+        fixed = all(value.name in self._fixed for value in inputs)
         for value, array in zip(outputs, arrays, strict=True):
             self._arrays[value.name] = array
+            self._makers[value.name] = op
+            if fixed:
+                self._fixed.add(value.name)
             if value.type.differentiable and any(source.name in self._active for source in inputs):
                 self._active.add(value.name)
         return outputs
@@ -100,9 +133,9 @@ class Grower:
         if arg.domain == "key":
             kind = "key"
         elif self.differentiable and arg.type.differentiable:
-            kind = self.draw(st.sampled_from(("param", "input"))) if smooth else "buffer"
+            kind = pick(self.choices, ("param", "input")) if smooth else "buffer"
         else:
-            kind = self.draw(st.sampled_from(("input", "param", "buffer", "constant")))
+            kind = pick(self.choices, ("input", "param", "buffer", "constant"))
         same_kind = sum(known == kind for _, known, _ in self._ports)
         target = str(same_kind) if kind in ("input", "key") else f"layer{number}.{kind}"
         value = self.b.input(arg.type, kind, target, name=port_name(arg.domain))
@@ -116,22 +149,60 @@ class Grower:
 
     # --- arguments ------------------------------------------------------------------------------------
 
-    def _find(self, arg: Arg, smooth: bool) -> Value:
-        """A value for an argument: one that is there, made to fit, or a new input."""
-        if arg.domain in _FRESH_ONLY:
+    def _find(self, arg: Arg, smooth: bool, op: str = "", at: int = 0) -> Value:
+        """A value for argument ``at`` of an op: one that is there, made to fit, or a new input."""
+        if arg.domain in _FRESH_ONLY or (arg.type.is_integer and arg.domain in _OF_REALS):
             return self._fresh(arg, smooth)
         candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth)]
         # shrinks to a new input, which needs no adapting; the latest values are the likeliest, for depth
-        choice = self.draw(st.integers(0, 2 * _RECENT))
+        choice = self.choices.below(2 * _RECENT + 1)
         if choice == 0 or not candidates:
             return self._fresh(arg, smooth)
+        if self.likeness is not None and choice > _RECENT:
+            weights = {
+                value: 1 + self.likeness.weight(self._makers.get(value.name, ""), op, at)
+                for value in candidates[: 4 * _RECENT]
+                if self._is(value, arg)
+            }
+            if weights:
+                return pick_weighted(self.choices, weights)
         recent = candidates[:_RECENT]
-        value = recent[choice % len(recent)] if choice <= 2 * len(recent) else self.draw(st.sampled_from(candidates))
+        value = recent[choice % len(recent)] if choice <= 2 * len(recent) else pick(self.choices, candidates)
         return value if self._is(value, arg) else self._adapt(value, arg)
 
     def _is(self, value: Value, arg: Arg) -> bool:
         """Whether a value needs no adapting."""
-        return value.type == arg.type and self._domains.get(value.name) == arg.domain
+        if value.type != arg.type:
+            return False
+        domain = self._domains.get(value.name)
+        return domain == arg.domain if domain or self.likeness is None else self._holds(value, arg.domain)
+
+    def _holds(self, value: Value, domain: str) -> bool:
+        """Whether the numbers of a value happen to be of a domain."""
+        array = self._arrays[value.name]
+        if not array.size or value.type.dtype == "bool":
+            return True
+        if value.type.is_complex:
+            return bool((np.abs(array) <= _LIMIT).all())
+        numbers = array.astype(np.float64)
+        low, high = float(numbers.min()), float(numbers.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return False
+        if domain.startswith("index:"):
+            return value.name in self._fixed and low >= 0 and high < int(domain.removeprefix("index:"))
+        if domain == "unit":
+            return low >= _APART and high <= 1 - _APART
+        if high > _LIMIT or low < -_LIMIT:
+            return False
+        if domain == "positive":
+            return low >= _APART
+        if domain == "large":
+            return low >= 1 + _APART
+        if domain == "nonzero":
+            return bool(np.abs(numbers).min() >= _APART)
+        if domain == "distinct":
+            return bool(np.diff(np.sort(numbers, axis=None)).min(initial=1.0) >= _APART)
+        return True
 
     def _fits(self, value: Value, arg: Arg, smooth: bool) -> bool:
         """Whether a value can be made to fit an argument."""
@@ -149,6 +220,8 @@ class Grower:
         return smooth or value.name not in self._active
 
     def _adapt(self, value: Value, arg: Arg) -> Value:
+        if not value.type.differentiable and arg.type.is_float:
+            value = self._cast(value, arg.type.dtype)
         value = self._reshape(self._tame(value), arg.type.shape)
         if arg.type.dtype == "bool":
             return self._to_bool(value)
@@ -194,8 +267,8 @@ class Grower:
             ranks = self._fresh(arg, smooth=True)
             nudge = self._emit("mul_scalar", self._emit("tanh", value), value=0.25 * distinct_gap(arg.type.numel))
             return self._emit("add", ranks, nudge)
-        if arg.domain in ("positive", "nonzero", "unit"):
-            scale, shift = (0.9, 0.05) if arg.domain == "unit" else (1.8, 0.2)
+        if arg.domain in ("positive", "nonzero", "unit", "large"):
+            scale, shift = {"unit": (0.9, 0.05), "large": (2.8, 1.2)}.get(arg.domain, (1.8, 0.2))
             value = self._emit("mul_scalar", self._emit("sigmoid", value), value=scale)
             return self._emit("add_scalar", value, value=shift)
         return value

@@ -12,16 +12,20 @@ magnitudes can be kept near one: what grew is scaled by a power of two before it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from hypothesis import strategies as st
 
+from daggc.errors import TypeRuleError
 from daggc.ir.attrs import Attrs
 from daggc.ir.graph import Program
 from daggc.ir.tree import LEAF, Tree
 from daggc.ops import REGISTRY
+from daggc.ops.elementwise import piecewise_constant
 from daggc.ops.opdef import NOT_DIFFERENTIABLE, Derivative
+from daggc.testing.choices import Choices, Drawn, pick, pick_weighted
 from daggc.testing.grow import Grower
+from daggc.testing.likeness import Likeness, of_models
 from daggc.testing.samples import OpSample, has_true_derivative, op_samples, sample_graph, with_dtype
 
 _LENGTH = 20  # how long programs are on average, if max_ops allows
@@ -36,6 +40,7 @@ def programs(
     max_ops: int = 8,
     dtypes: tuple[str, ...] = ("f64",),
     differentiable: bool = False,
+    like_models: bool = False,
 ) -> Program:
     """Programs with a well-typed ``@forward``.
 
@@ -43,19 +48,47 @@ def programs(
         ops: names of the ops to draw from; all that have samples, if None. Ops that make values fit (``cast``,
             ``reshape``, ``broadcast``, ``slice``, ``concat``, ``sigmoid``, ...) appear regardless.
         max_ops: how many ops are drawn at most; those that make values fit come on top.
-        dtypes: float dtypes in place of the samples' f64, where an op takes them.
+        dtypes: dtypes in place of the samples' f64, where an op takes them.
         differentiable: only smooth (almost everywhere) functions in f64, so that derivatives compare with finite
             differences; at least one output depends on a ``param`` or ``input``.
+        like_models: ops follow each other as they do in captured models, most of the time.
     """
+    return grow_program(
+        Drawn(draw), ops=ops, max_ops=max_ops, dtypes=dtypes, differentiable=differentiable, like_models=like_models
+    )
+
+
+def grow_program(
+    choices: Choices,
+    *,
+    ops: Iterable[str] | None = None,
+    max_ops: int = 8,
+    dtypes: tuple[str, ...] = ("f64",),
+    differentiable: bool = False,
+    like_models: bool = False,
+    length: int = _LENGTH,
+) -> Program:
+    """The program that these choices lead to; see :func:`programs`. ``length``: ops drawn on average, at most."""
     chosen = tuple(sorted(REGISTRY)) if ops is None else tuple(sorted(ops))
     table = _by_op(chosen, dtypes, differentiable)
-    grower = Grower(draw, differentiable)
-    for step in range(max_ops):
-        if step and draw(st.integers(0, _LENGTH)) == 0:  # asked at each step, so that any step can shrink away
-            break
-        sample, smooth = draw(st.sampled_from(draw(st.sampled_from(table))))
-        with grower.b.at(path=draw(st.sampled_from(_PATHS)), source=f"generated.py:{step}" if step % 2 else ""):
-            grower.add(sample, smooth)
+    likeness = of_models() if like_models else None
+    grower = Grower(choices, differentiable, likeness)
+
+    def grow(step: int, choices: Choices) -> bool:
+        """Add an op; False if the program is long enough. Steps make the same choices, so that any can be dropped."""
+        enough = choices.below(length + 1) == 0
+        if step and enough:
+            return False
+        grower.choices = choices
+        with grower.b.at(path=pick(choices, _PATHS), source=f"generated.py:{step}" if step % 2 else ""):
+            if likeness is None or not choices.below(4) or not _follow(grower, choices, table, likeness):
+                grower.add(*pick(choices, pick(choices, list(table.values()))))
+        return True
+
+    step = 0
+    while step < max_ops and choices.part(partial(grow, step)):
+        step += 1
+    grower.choices = choices
     grower.finish()
     forward = grower.b.build()
     in_tree = Tree("tuple", (Tree("tuple", (LEAF,) * len(forward.inputs_of("input"))), Tree("dict")))
@@ -65,10 +98,30 @@ def programs(
 
 
 Choice = tuple[OpSample, tuple[bool, ...]]  # a sample, and for each argument whether the op has a cotangent for it
+Table = dict[str, tuple[Choice, ...]]
+
+
+def _follow(grower: Grower, choices: Choices, table: Table, likeness: Likeness) -> bool:
+    """Let a recent value be read by an op that reads such values in models; False if there is none."""
+    found = grower.recent()
+    if found is None:
+        return False
+    value, maker = found
+    weights = {key: count for key, count in likeness.readers.get(maker, {}).items() if key[0] in table}
+    if not weights:
+        return False
+    op, at = pick_weighted(choices, weights)
+    of_op = [choice for choice in table[op] if at < len(choice[0].sample.inputs)]
+    fitting = [choice for choice in of_op if choice[0].sample.inputs[at].type.dtype == value.type.dtype]
+    alike = [choice for choice in fitting if choice[0].sample.inputs[at].type.rank == value.type.rank]
+    if not of_op:
+        return False
+    grower.add(*pick(choices, alike or fitting or of_op), at, value)
+    return True
 
 
 @lru_cache(maxsize=32)
-def _by_op(names: tuple[str, ...], dtypes: tuple[str, ...], differentiable: bool) -> tuple[tuple[Choice, ...], ...]:
+def _by_op(names: tuple[str, ...], dtypes: tuple[str, ...], differentiable: bool) -> Table:
     """The samples to draw from, grouped by op."""
     groups: dict[str, list[Choice]] = {}
     for sample in op_samples():
@@ -79,7 +132,7 @@ def _by_op(names: tuple[str, ...], dtypes: tuple[str, ...], differentiable: bool
             if typed is None or (differentiable and not _is_smooth(typed)):
                 continue
             groups.setdefault(sample.op.name, []).append((typed, _with_cotangent(typed)))
-    return tuple(tuple(choices) for choices in groups.values())
+    return {op: tuple(found) for op, found in groups.items()}
 
 
 def _is_smooth(sample: OpSample) -> bool:
@@ -90,18 +143,23 @@ def _is_smooth(sample: OpSample) -> bool:
         return False
     if any(type_.differentiable and type_.dtype != "f64" for type_ in (*inputs, *outputs)):
         return False
-    return sample.op.vjp is not NOT_DIFFERENTIABLE or not any(type_.differentiable for type_ in inputs)
+    jumps = sample.op.vjp in (NOT_DIFFERENTIABLE, piecewise_constant)
+    return not jumps or not any(type_.differentiable for type_ in inputs)
 
 
 def _with_cotangent(sample: OpSample) -> tuple[bool, ...]:
     """For each argument, whether the op's VJP gives it a cotangent (a class weight, a running mean has none)."""
     inputs = sample.sample.inputs
     node = sample_graph(sample).nodes[0]
-    if isinstance(sample.op.vjp, Derivative) or not any(value.type.differentiable for value in node.outputs):
+    by_rule = not isinstance(sample.op.vjp, Derivative) and not node.attrs.graphs  # rules with graphs need a pass
+    if not by_rule or not any(value.type.differentiable for value in node.outputs):
         return tuple(arg.type.differentiable for arg in inputs)
     b = REGISTRY.builder("vjp")
     for value in (*node.inputs, *node.outputs):
         b.input(value.type, "residual", value.name, name=value.name)
     cts = [b.input(v.type, "cotangent", v.name) if v.type.differentiable else None for v in node.outputs]
-    given = sample.op.vjp(b, node, cts)
+    try:
+        given = sample.op.vjp(b, node, cts)
+    except TypeRuleError:  # the rule is one for real numbers
+        return tuple(arg.type.differentiable for arg in inputs)
     return tuple(ct is not None for ct in given)

@@ -331,9 +331,17 @@ def _forward_and_backward(program: Program) -> tuple[Graph, Graph]:
     return program.forward, program.backward
 
 
+PARTIAL = ("igamma", "igammac", "zeta")  # no derivative by the first operand, in torch as in daggc
+
+
 @differentiable_sample
 def test_second_order_agrees_with_finite_differences(op_sample: OpSample):
-    first = differentiated(op_sample)
+    if op_sample.op.name in PARTIAL:
+        return
+    check_second_order(differentiated(op_sample))
+
+
+def check_second_order(first: Program) -> None:
     joint = join(first.forward, first.backward)
     inputs = {**random_inputs(joint), **random_direction(joint.inputs_of("cotangent"), seed=1)}
     second = vjp(first)
@@ -383,11 +391,22 @@ def test_complex_numbers(op_sample: OpSample):
     found, _ = torch_gradients(graph, inputs, cotangents, sorted(grads)) or ({}, {})
     for ref, wanted in found.items():
         assert_close(grads[ref], wanted, ref)
+    if is_exact(op_sample) and has_true_derivative(op_sample):
+        check_second_order(program)
 
 
 # --- special numbers ----------------------------------------------------------------------------------
 
-TORCH_VARIES = {"hardtanh_backward": "at NaN, torch's vectorised and scalar loops differ"}
+TORCH_VARIES = {
+    "airy_ai": "torch's kernel has five digits near -2",
+    "hardtanh_backward": "at NaN, torch's vectorised and scalar loops differ",
+    "igamma": "torch gives numbers at nan, and ten digits at large ones",
+    "igammac": "torch gives numbers at nan, and ten digits at large ones",
+    "lerp": "torch fuses the product and the sum: other digits where they cancel",
+    "logaddexp2": "torch fuses the product and the sum: other digits where they cancel",
+    "polygamma": "torch's trigamma has ten digits",
+    "zeta": "torch gives nan at infinity",
+}
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1e-15, 1e15, -1e15, 20.0, 800.0)
 
 

@@ -1,0 +1,301 @@
+"""What must hold of every generated program. Each property raises :class:`Broken`, or counts what it could not judge."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from daggc.backend.codegen import compile_graph
+from daggc.errors import DifferentiationError, PlanError, RunError
+from daggc.interp import evaluate_node, interpret, interpret_graph
+from daggc.ir.graph import Graph, Program
+from daggc.ir.parser import parse
+from daggc.ir.printer import print_program
+from daggc.ir.serialize import from_json, to_json
+from daggc.ir.types import dtype_of
+from daggc.ir.verifier import verify
+from daggc.ops import REGISTRY
+from daggc.passes.manager import PASSES, pipeline, run
+from daggc.passes.split import join
+from daggc.passes.vjp import vjp
+from daggc.plan.device import cluster_of, cpu_device
+from daggc.plan.plan import plan_model
+from daggc.testing import finite_difference, inner, random_direction, random_inputs
+
+Arrays = Mapping[str, np.ndarray]
+CLUSTERS = [cluster_of([cpu_device(index) for index in range(count)]) for count in (2, 3)]
+EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "c64": 2.0**-23, "c128": 2.0**-52}
+ROUNDINGS = 64  # that two ways to compute one op may differ by
+AMPLIFIED = 64  # times what single roundings at every node change: the order of a sum, another exp
+LOST = 1e-3  # of a result: when roundings change more than this, the comparison says little, and is counted
+MOVES = ("where", "where_scalar", "concat", "split", "gather", "index", "pad", "neg", "abs", "relu", "slice_update")
+
+
+class Broken(AssertionError):
+    """A property does not hold of a program."""
+
+    def __init__(self, property: str, message: str) -> None:
+        super().__init__(f"{property}: {message}")
+        self.property = property
+
+
+@dataclass
+class Judged:
+    """One program under test, and what came of it.
+
+    Attributes:
+        counts: how many times each property was checked, and under ``skipped: ...`` why one was not.
+    """
+
+    program: Program
+    differentiable: bool
+    seed: int
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def check(self) -> Program | None:
+        """Check everything. Returns the differentiated program, where there is one; raises Broken."""
+        self._guard("verify", lambda: verify(self.program, REGISTRY))
+        self._guard("round trip", lambda: self._round_trip(self.program))
+        inputs = random_inputs(self.program.forward)
+        wanted = self._guard("interpret", lambda: interpret(self.program, inputs))
+        for name in sorted(PASSES):
+            if name != "vjp":
+                self._guard(f"pass {name}", lambda name=name: self._pass(name, inputs, wanted))
+        self._guard("pass all", lambda: self._pass("fold,canonicalize,cse,dce", inputs, wanted))
+        forward = self.program.forward
+        arrays = [inputs[port.ref] for port in forward.inputs]
+        self._guard("generated forward", lambda: self._generated("generated forward", forward, arrays))
+        after = self._guard("vjp", self._vjp)
+        if after is None:
+            self._guard("plan", lambda: self._plan(inputs, wanted, training=False))
+            return None
+        both = {**inputs, **random_direction(after.backward.inputs_of("cotangent"), seed=1)}
+        results = self._guard("vjp keeps outputs", lambda: self._keeps_outputs(after, both, wanted))
+        self._guard("generated backward", lambda: self._backward(after, both))
+        if self.differentiable:
+            self._guard("gradient", lambda: self._gradient(after, inputs, both, results))
+        self._guard("plan", lambda: self._plan(both, results, training=True))
+        return after
+
+    def _guard(self, property: str, function: Callable):
+        """Run a check; any error in it means that the property is broken."""
+        try:
+            result = function()
+        except Broken:
+            raise
+        except Exception as wrong:
+            raise Broken(property, f"{type(wrong).__name__}: {wrong}") from wrong
+        self.counts[property] += 1
+        return result
+
+    def _round_trip(self, program: Program) -> None:
+        if parse(print_program(program)) != program:
+            raise Broken("round trip", "text")
+        if from_json(to_json(program)) != program:
+            raise Broken("round trip", "JSON")
+
+    def _pass(self, name: str, inputs: Arrays, wanted: Arrays) -> None:
+        after = run(self.program, pipeline(name))
+        same_bits(f"pass {name}", interpret(after, inputs), wanted)
+
+    def _vjp(self) -> Program | None:
+        try:
+            after = vjp(self.program)
+        except DifferentiationError as wrong:
+            if self.differentiable:
+                raise
+            refused = "holds for real numbers" in str(wrong)
+            self.counts[f"skipped: vjp ({'of complex numbers' if refused else 'nothing to differentiate'})"] += 1
+            return None
+        verify(after, REGISTRY)
+        if self.seed % 4 == 0:
+            self._round_trip(after)
+        return after
+
+    def _keeps_outputs(self, after: Program, inputs: Arrays, wanted: Arrays) -> dict[str, np.ndarray]:
+        results = interpret(after, inputs)
+        same_bits("vjp keeps outputs", {ref: results[ref] for ref in wanted if ref in results}, wanted)
+        return results
+
+    def _backward(self, after: Program, inputs: Arrays) -> None:
+        joint = join(after.forward, after.backward)
+        self._generated("generated backward", joint, [inputs[port.ref] for port in joint.inputs])
+
+    def _generated(self, property: str, graph: Graph, arrays: Sequence[np.ndarray]) -> None:
+        """The generated code gives what the interpreter gives, as far as rounding leaves that open."""
+        try:
+            results = run_torch(graph, arrays)
+        except RunError as wrong:
+            if "not implemented for" not in str(wrong):
+                raise
+            self.counts[f"skipped: {property} (no CPU kernel)"] += 1
+            return
+        wanted = interpret_graph(graph, arrays)
+        moved: list[list[np.ndarray]] | None = None
+        for index, (port, got, want) in enumerate(zip(graph.outputs, results, wanted, strict=True)):
+            if (got.dtype, got.shape) != (want.dtype, want.shape):
+                raise Broken(property, f"{port.ref}: {want.dtype}{want.shape} wanted, got {got.dtype}{got.shape}")
+            dtype = dtype_of(want)
+            if disagreement(got, want) <= ROUNDINGS * EPS.get(dtype, 0) / 8:
+                continue
+            moved = moved or [rounded_otherwise(graph, arrays, seed) for seed in range(3)]
+            slack = max(disagreement(other[index], want) for other in moved)
+            if dtype not in EPS:
+                if slack == 0:
+                    raise Broken(property, f"{port.ref}: {want} wanted, got {got}")
+                self.counts[f"skipped: {property} (rounding decides an integer)"] += 1
+                continue
+            if slack > LOST:
+                self.counts[f"skipped: {property} (ill-conditioned)"] += 1
+                continue
+            allowed = ROUNDINGS * EPS[dtype] + AMPLIFIED * slack
+            if disagreement(got, want) > allowed:
+                size = disagreement(got, want)
+                raise Broken(property, f"{port.ref}: differs by {size:.2e}, {allowed:.2e} allowed: {want} and {got}")
+
+    def _gradient(self, after: Program, inputs: Arrays, both: Arrays, results: Arrays) -> None:
+        """The gradient along a random direction; by autograd of the generated code where there is a kink."""
+        grads = {ref.removeprefix("grad:"): array for ref, array in results.items() if ref.startswith("grad:")}
+        if not all(np.isfinite(array).all() for array in grads.values()):
+            self.counts["skipped: gradient (not finite)"] += 1
+            return
+        forward = self.program.forward
+        cotangents = {
+            ref.removeprefix("cotangent:"): array for ref, array in both.items() if ref.startswith("cotangent:")
+        }
+        direction = random_direction([port for port in forward.inputs if port.ref in grads], seed=2)
+        derivative = sum(inner(grads[ref], along) for ref, along in direction.items())
+        slope = finite_difference(forward, inputs, direction, cotangents)
+        size = sum(abs(inner(np.abs(grads[ref]), np.abs(along))) for ref, along in direction.items())
+        if slope.reliable:
+            if not abs(derivative - slope.value) <= 1e-5 * (1 + abs(slope.value)) + slope.error + 1e-9 * size:
+                raise Broken("gradient", f"VJP gives {derivative}, differences give {slope}")
+            self.counts["gradient against differences"] += 1
+            return
+        found = autograd(forward, inputs, cotangents, list(grads))
+        if isinstance(found, str):
+            self.counts[f"skipped: gradient (differences see a kink, {found})"] += 1
+            return
+        joint = join(after.forward, after.backward)
+        moved = [rounded_otherwise(joint, [both[port.ref] for port in joint.inputs], seed) for seed in range(3)]
+        outputs = [port.ref for port in joint.outputs]
+        for ref, grad in grads.items():
+            index = outputs.index(f"grad:{ref}")
+            slack = max(disagreement(other[index], grad) for other in moved)
+            if slack > LOST:
+                self.counts["skipped: gradient (ill-conditioned)"] += 1
+            elif disagreement(found[ref], grad) > 1e-10 + AMPLIFIED * slack:
+                raise Broken("gradient", f"VJP gives {grad} for {ref}, autograd {found[ref]}")
+        self.counts["gradient against autograd"] += 1
+
+    def _plan(self, inputs: Arrays, wanted: Arrays, training: bool) -> None:
+        cluster = CLUSTERS[self.seed % 2]
+        try:
+            plan = plan_model(self.program, cluster, training=training, split_backward=self.seed % 3 == 0)
+        except PlanError as wrong:
+            if "has no call" not in str(wrong):
+                raise
+            self.counts["skipped: plan (an output is an input, and nothing else is computed)"] += 1
+            return
+        verify(plan.program, REGISTRY)
+        same_bits("plan", interpret(plan.program, inputs), wanted)
+
+
+def same_bits(property: str, got: Arrays, wanted: Arrays) -> None:
+    """Every array equal bit for bit, the sign of zero included; any NaN equals any other."""
+    if got.keys() != wanted.keys():
+        raise Broken(property, f"results {', '.join(wanted)} wanted, got {', '.join(got)}")
+    for ref, want in wanted.items():
+        array = got[ref]
+        if (array.dtype, array.shape) != (want.dtype, want.shape):
+            raise Broken(property, f"{ref}: {want.dtype}{want.shape} wanted, got {array.dtype}{array.shape}")
+        if array.tobytes() != want.tobytes():
+            numbers = ~((array != array) & (want != want))
+            if array[numbers].tobytes() != want[numbers].tobytes():
+                raise Broken(property, f"{ref}: {want} wanted, got {array}")
+
+
+def disagreement(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference relative to the largest number; infinite where only one is NaN or infinite."""
+    if got.dtype.kind in "biu":
+        return 0.0 if np.array_equal(got, wanted) else math.inf
+    if not wanted.size:
+        return 0.0
+    wide = np.complex128 if got.dtype.kind == "c" else np.float64
+    got, wanted = got.astype(wide), wanted.astype(wide)
+    finite = np.isfinite(wanted)
+    if not finite.all():
+        if not np.array_equal(got[~finite], wanted[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+            return math.inf
+        got, wanted = got[finite], wanted[finite]
+        if not wanted.size:
+            return 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.nan_to_num(np.abs(got - wanted).max() / max(1.0, np.abs(wanted).max()), nan=math.inf))
+
+
+def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Interpret a graph with every float off by a unit in the last place, one way or the other.
+
+    How far results move by it is how far two correct implementations may be apart.
+    """
+    rng = np.random.default_rng(seed)
+
+    def shaken(array: np.ndarray) -> np.ndarray:
+        dtype = dtype_of(array)
+        if dtype not in EPS or not array.size:
+            return array
+        noise = 1 + EPS[dtype] * rng.choice((-1.0, 1.0), array.shape)
+        with np.errstate(all="ignore"):
+            return np.asarray(array * noise).astype(array.dtype)
+
+    values = {port.value.name: shaken(array) for port, array in zip(graph.inputs, arrays, strict=True)}
+    for node in graph.nodes:
+        results = evaluate_node(node, [values[value.name] for value in node.inputs])
+        exact = node.op in MOVES or REGISTRY[node.op].cost(node).op_class == "view"
+        for value, result in zip(node.outputs, results, strict=True):
+            values[value.name] = result if exact else shaken(result)
+    return [values[port.value.name] for port in graph.outputs]
+
+
+def autograd(graph: Graph, inputs: Arrays, cotangents: Arrays, wrt: Sequence[str]) -> dict[str, np.ndarray] | str:
+    """Gradients of the generated code by torch, by ref; or why there are none."""
+    leaves = {port.ref: to_torch(inputs[port.ref]).requires_grad_(port.ref in wrt) for port in graph.inputs}
+    try:
+        outputs = compile_graph(graph).function(torch.device("cpu"), *leaves.values())
+        pairs = [
+            (output, to_torch(cotangents[port.ref]))
+            for port, output in zip(graph.outputs, outputs, strict=True)
+            if port.ref in cotangents and output.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [pair[0] for pair in pairs], [leaves[ref] for ref in wrt], [pair[1] for pair in pairs], allow_unused=True
+        )
+    except (RuntimeError, NotImplementedError):
+        return "torch has no derivative"
+    if any(grad is None for grad in found):
+        return "torch has no derivative"
+    return {ref: to_numpy(grad) for ref, grad in zip(wrt, found, strict=True)}
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def run_torch(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [to_numpy(result) for result in compile_graph(graph)([to_torch(array) for array in arrays])]
