@@ -107,7 +107,8 @@ def evaluate_node(
             result = rule(node, *bodies, *arrays)
     except (ValueError, IndexError, ArithmeticError) as wrong:
         raise RunError(located(f"op {node.op!r} failed: {wrong}", node.path, node.source)) from wrong
-    return [np.asarray(array) for array in (result if isinstance(result, tuple) else (result,))]
+    # In C order: BLAS adds up in another order for other strides, and a view must mean what its copy means.
+    return [np.asarray(array, order="C") for array in (result if isinstance(result, tuple) else (result,))]
 
 
 def _run_body(graph: Graph, program: Program | None, ops: Registry, *arrays: np.ndarray) -> list[np.ndarray]:

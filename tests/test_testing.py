@@ -24,6 +24,9 @@ from daggc.testing import (
     sample_graph,
     with_dtype,
 )
+from daggc.testing.choices import Replayed, Seeded, shrink
+from daggc.testing.likeness import Likeness, of_models
+from daggc.testing.programs import grow_program
 
 DOMAINS = ("real", "positive", "unit", "large", "nonzero", "distinct", "bool", "small", "count", "index:5", "key")
 
@@ -124,6 +127,48 @@ def test_failures_shrink_to_little():
         settings=settings(max_examples=3000, derandomize=True, database=None),
     )
     assert len(smallest.forward.nodes) <= 2
+
+
+def test_a_seed_makes_one_program():
+    source = Seeded(3)
+    program = grow_program(source, like_models=True, max_ops=12)
+    assert grow_program(Seeded(3), like_models=True, max_ops=12) == program
+    assert grow_program(Replayed(source.numbers), like_models=True, max_ops=12) == program
+    assert grow_program(Seeded(4), like_models=True, max_ops=12) != program
+    verify(grow_program(Replayed([]), like_models=True), REGISTRY)
+    verify(grow_program(Replayed([10**6] * 100), like_models=True), REGISTRY)
+
+
+def test_recorded_choices_shrink():
+    def fails(numbers) -> bool:
+        program = grow_program(Replayed(numbers), max_ops=12)
+        return any(node.op == "matmul" for node in program.forward.nodes)
+
+    numbers = next(source.numbers for source in map(_grown, range(1000)) if fails(source.numbers))
+    smallest = shrink(numbers, fails, seconds=20)
+    assert fails(smallest)
+    assert len(smallest) < len(numbers)
+    assert len(grow_program(Replayed(smallest), max_ops=12).forward.nodes) <= 3
+
+
+def _grown(seed: int) -> Seeded:
+    source = Seeded(seed)
+    grow_program(source, max_ops=12)
+    return source
+
+
+@given(programs(like_models=True, max_ops=12))
+def test_programs_like_models_verify(program: Program):
+    verify(program, REGISTRY)
+
+
+def test_programs_like_models_join_ops_as_models_do():
+    grown = [grow_program(Seeded(seed), like_models=True, max_ops=20, length=40).forward for seed in range(60)]
+    found, wanted = Likeness.of(grown), of_models()
+    frequent = [(maker, op) for (maker, op, _), count in wanted.counts.items() if count >= 10 and maker]
+    pairs = {(maker, op) for maker, op, _ in found.counts}
+    assert sum(pair in pairs for pair in frequent) >= 0.8 * len(frequent)
+    assert set(wanted.ops) <= set(REGISTRY)
 
 
 def test_a_dtype_that_an_op_refuses():

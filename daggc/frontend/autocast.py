@@ -160,7 +160,8 @@ def _cast(
     with module.graph.inserting_before(user):
         made = module.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype})
     made.meta = {name: user.meta[name] for name in ("nn_module_stack", "stack_trace") if name in user.meta}
-    with value.fake_mode, autocast_off():
+    mode: Any = value.fake_mode  # pyright: ignore[reportAttributeAccessIssue]  # a tensor without data
+    with mode, autocast_off():
         made.meta["val"] = value.detach().to(dtype, copy=True)
     if weight:
         cache[source, dtype] = made

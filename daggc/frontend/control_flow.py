@@ -74,7 +74,7 @@ def _while(importer: Importer, goes_on: Any, body: Any, carries: Sequence[Any], 
     b = importer.b
     carries = [_tensor(carry, "a while_loop carries") for carry in carries]
     operands = [*carries, *extra]
-    graphs = {
+    graphs: dict[str, Any] = {
         "cond": _pure(_body(importer, "more", goes_on, operands), "while_loop"),
         "body": _pure(_body(importer, "body", body, operands), "while_loop"),
     }

@@ -55,7 +55,10 @@ class Attributes:
         return cls(values, {place: _contents(value, copies) for place, value in values.items()}, copies)
 
     def changes(self, model: nn.Module) -> dict[Place, Any]:
-        """The plain values that were assigned since. Raises CaptureError if anything else changed."""
+        """The plain values, tensors, and new lists and dicts of tensors that were assigned since.
+
+        Raises CaptureError if anything else changed.
+        """
         now = Attributes.of(model)
         changed: dict[Place, Any] = {}
         for place in {**self.values, **now.values}:
@@ -64,7 +67,8 @@ class Attributes:
             if (known and self.contents[place] == now.contents[place]) or _is_torchs_own(model, place):
                 continue
             value = now.values.get(place)
-            if place not in now.values or not _is_plain(value):
+            fresh = value is not self.values.get(place) and _holds_tensors(value)
+            if place not in now.values or not (_is_plain(value) or fresh):
                 raise CaptureError(located(_advice(name, value), path, forward_of(model, path)))
             changed[place] = value
         return changed
@@ -125,12 +129,35 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
-def _advice(name: str, value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return (
-            f"forward keeps a tensor in the attribute {name!r}, which a compiled model would not set; return it, "
-            "or make it a buffer with register_buffer in __init__"
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, or a list, tuple or dict of tensors and plain values."""
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return all(_is_plain(item) or _holds_tensors(item) for item in value)
+    if type(value) is dict:
+        return all(isinstance(key, str) for key in value) and _holds_tensors(list(value.values()))
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string, or another that is part of a program rather than computed by it."""
+    return _is_plain(value)
+
+
+def refuse_reading(model: nn.Module, place: Place) -> None:
+    """Refuse an attribute whose tensor a later call reads."""
+    path, name = place
+    raise CaptureError(
+        located(
+            f"forward reads the tensor that an earlier call left in the attribute {name!r}; make it a buffer with "
+            "register_buffer in __init__, or, if only the first call makes it, call the model once before it is "
+            "compiled",
+            path,
+            forward_of(model, path),
         )
+    )
+
+
+def _advice(name: str, value: Any) -> str:
     if isinstance(value, _CONTAINERS):
         return f"forward changes what the attribute {name!r} holds, a {type(value).__name__}; return that instead"
     return f"forward sets or deletes the attribute {name!r} ({type(value).__name__}); return what it holds instead"

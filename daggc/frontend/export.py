@@ -19,13 +19,16 @@ from torch import nn
 from daggc.errors import CaptureError, DaggcError, DataDependentError, located
 from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_state, explicit_casts
 from daggc.frontend.branches import Answers, Decisions, decisions_of
-from daggc.frontend.dtypes import ir_type
+from daggc.frontend.checkpoint import marking_checkpoints
+from daggc.frontend.dtypes import TO_TORCH, ir_type
 from daggc.frontend.effects import (
     Attributes,
     Place,
     contents,
+    is_plain,
     keeping_buffers,
     refuse_counting,
+    refuse_reading,
     refusing_what_export_drops,
 )
 from daggc.frontend.fx_import import import_exported, is_user_file, short_source
@@ -34,7 +37,7 @@ from daggc.frontend.opaque import recording
 from daggc.frontend.pytree import Spec, flatten
 from daggc.frontend.quiet import without_export_reports
 from daggc.frontend.running_statistics import functional_statistics
-from daggc.frontend.stand_ins import StandIns
+from daggc.frontend.stand_ins import stand_ins
 from daggc.ir.graph import Program
 
 
@@ -48,6 +51,8 @@ class Capture:
         trainable: names of parameters that require gradients (canonical names of tied ones).
         constants: tensors that are part of the model but neither parameters nor buffers, by port target.
         assigned: the plain values that each call sets attributes to, by module path and name.
+        kept: of the tensors that each call leaves in attributes; their leaves are the ``attribute`` ports in order.
+        held: addresses of tensors that are neither parameters nor buffers and that the model's Python read.
         answers: numbers of tensors that the model's Python decided on; the program checks them (see branches.py).
     """
 
@@ -57,7 +62,9 @@ class Capture:
     trainable: frozenset[str]
     constants: Mapping[str, torch.Tensor]
     assigned: Mapping[Place, Any] = field(default_factory=dict)
+    kept: Mapping[Place, Spec] = field(default_factory=dict)
     answers: Answers = ()
+    held: frozenset[int] = frozenset()
 
 
 class _Flat(nn.Module):
@@ -83,12 +90,17 @@ class _Flat(nn.Module):
             raise CaptureError("forward changes a list or dict that it was given; copy it first, and return the copy")
         assigned = before.changes(self.model)
         tensors, spec = flatten(result)
-        self._note((spec, assigned))
+        kept: dict[Place, Spec] = {}
+        for place in [place for place, value in assigned.items() if not is_plain(value)]:
+            parts, kept[place] = flatten(assigned.pop(place))
+            tensors += parts
+        self._note((spec, assigned, kept))
         return tuple(decisions.checked(tensors))
 
 
 Call = Callable[..., Any]  # (model, *args, **kwargs) -> result
-_Noted = tuple[Spec, dict[Place, Any]]  # of the result, and what was assigned to attributes
+# Of the result, plain values that were assigned to attributes, and of tensors that were.
+_Noted = tuple[Spec, dict[Place, Any], dict[Place, Spec]]
 
 
 def plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -137,14 +149,20 @@ def capture(
             if not answers:
                 raise
             captured = _capture(model, call, leaves, in_spec, answers)
-        if not captured.assigned:
+        if not captured.assigned and not captured.kept:
             return captured
         old = before.values
         _assign(model, captured.assigned)
+        left = _leave_tensors(model, captured)
         again = _capture(model, call, leaves, in_spec, answers)
+        if again.kept.keys() != captured.kept.keys():
+            refuse_reading(model, next(iter(again.kept.keys() ^ captured.kept.keys())))
         if again.assigned or str(again.program) != str(captured.program):
+            if not again.assigned and not captured.assigned:
+                refuse_reading(model, next(iter(captured.kept)))
             place, new = next(iter((again.assigned or captured.assigned).items()))
             refuse_counting(model, place, old.get(place), new)
+        _refuse_readers(model, again, left)
     except BaseException:
         before.restore(model)
         raise
@@ -157,23 +175,45 @@ def _capture(
     model: nn.Module, call: Call, leaves: Sequence[torch.Tensor], in_spec: Spec, answers: Answers = ()
 ) -> Capture:
     noted: list[_Noted] = []
+    trains = torch.is_grad_enabled()
     flat = _Flat(model, call, in_spec, noted.append, answers)
     before = Attributes.of(model)
     with _explained(model), recording(), refusing_what_export_drops(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
-            with StandIns(), functional_statistics(), explicit_casts(), without_export_reports():
+            marking = marking_checkpoints() if trains else nullcontext()
+            with stand_ins(), functional_statistics(), explicit_casts(), without_export_reports(), marking:
                 exported = torch.export.export(flat, tuple(leaves), strict=False)
         finally:
             before.restore(model)
         mark_gradient_stops(exported.graph_module)
         exported = exported.run_decompositions({})
-    out_spec, assigned = noted[-1]
+    out_spec, assigned, kept = noted[-1]
+    names = [name for place, spec in kept.items() for name in spec.tree.leaf_paths(".".join(filter(None, place)))]
     canonical, tied = _canonical_names(model)
-    graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical)
+    graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical, names, trains)
     program = Program({"forward": graph}, in_spec.tree, out_spec.tree, tied, ("capture",))
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Capture(program, in_spec, out_spec, trainable, constants, assigned, answers)
+    held = frozenset(held.data_ptr() for held in exported.constants.values() if isinstance(held, torch.Tensor))
+    return Capture(program, in_spec, out_spec, trainable, constants, assigned, kept, answers, held)
+
+
+def _leave_tensors(model: nn.Module, captured: Capture) -> dict[Place, list[torch.Tensor]]:
+    """Put tensors of the right types where a call leaves some, so that it shows whether the next call reads them."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    ports = iter(captured.program.forward.outputs_of("attribute"))
+    left: dict[Place, list[torch.Tensor]] = {}
+    for place, spec in captured.kept.items():
+        types = [next(ports).value.type for _ in range(spec.tree.leaves)]
+        left[place] = [torch.zeros(type_.shape, dtype=TO_TORCH[type_.dtype], device=device) for type_ in types]
+        _assign(model, {place: spec.rebuild(iter(left[place]))})
+    return left
+
+
+def _refuse_readers(model: nn.Module, again: Capture, left: Mapping[Place, Sequence[torch.Tensor]]) -> None:
+    for place, tensors in left.items():
+        if {tensor.data_ptr() for tensor in tensors} & again.held:
+            refuse_reading(model, place)
 
 
 def _assign(model: nn.Module, values: Mapping[Place, Any]) -> None:
@@ -252,6 +292,11 @@ def _explain(wrong: Exception) -> str:
         return (
             "the model's control flow or shapes depend on the data of a tensor, which cannot be captured "
             f"({first}); use torch.where, or mark the function with @daggc.opaque"
+        )
+    if "expected compiled_fn to be GraphModule" in first:  # aliases that are written to
+        return (
+            "forward writes to a buffer that the model has under two names (a BatchNorm registered twice, say), which "
+            "torch.export cannot follow in train mode; register it once, or make a second instance"
         )
     if "fake tensor in the exported program constant's list" in first:
         return "forward uses the .data of a tensor, which export cannot follow; use detach(), or torch.no_grad()"

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from daggc.errors import CaptureError, DataDependentError, IRError, TypeRuleError, located
+from daggc.frontend.checkpoint import Spans, enclose, note_span
 from daggc.frontend.control_flow import import_control_flow
 from daggc.frontend.dtypes import FROM_TORCH, ir_dtype, ir_type
 from daggc.frontend.pytree import input_names
@@ -27,6 +28,7 @@ from daggc.ops.call import declare
 from daggc.passes.vjp import has_rule
 
 _RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
+_SPARSE_AT = {"aten::embedding": 4, "aten::embedding_bag": 5}  # where arguments say that gradients are sparse
 _SMALL = 16  # elements; larger constants of the model become ports, so that text stays readable
 _PLACEMENT = ("device", "layout", "pin_memory")  # arguments that are the planner's business
 _WRONG_STATISTICS = (
@@ -42,12 +44,19 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")  # the 
 
 
 def import_exported(
-    exported: ExportedProgram, in_tree: Tree, out_tree: Tree, canonical: Mapping[str, str]
+    exported: ExportedProgram,
+    in_tree: Tree,
+    out_tree: Tree,
+    canonical: Mapping[str, str],
+    kept: Sequence[str] = (),
+    trains: bool = False,
 ) -> tuple[Graph, dict[str, torch.Tensor]]:
     """Import an exported program.
 
     Args:
         canonical: every name of a parameter or buffer -> the name of its port (tied ones share).
+        trains: a backward may follow, which runs what is inside ``torch.utils.checkpoint`` again.
+        kept: targets of the ``attribute`` ports that the results after those of ``out_tree`` become.
 
     Returns:
         ``@forward``, and the tensors of its ``constant`` ports by target.
@@ -56,8 +65,8 @@ def import_exported(
     importer = _Importer(b, exported.graph_module)
     constants = _inputs(importer, exported, in_tree, canonical)
     importer.nodes(exported.graph_module, importer.values)
-    _outputs(importer, exported, out_tree, canonical)
-    return b.build(), constants
+    _outputs(importer, exported, [*out_tree.leaf_paths()], canonical, kept)
+    return enclose(b.build(), importer.spans, trains), constants
 
 
 def _strip(name: str) -> str:
@@ -77,6 +86,7 @@ def _inputs(importer: _Importer, exported: ExportedProgram, in_tree: Tree, canon
         if spec.kind == InputKind.USER_INPUT:
             target = next(names)
             values[node] = b.input(ir_type(node.meta["val"]), "input", target)
+            importer.inputs[node.name] = target
         elif spec.kind in kinds:
             target = canonical[_strip(str(spec.target))]
             if target not in shared:
@@ -101,22 +111,30 @@ def _inputs(importer: _Importer, exported: ExportedProgram, in_tree: Tree, canon
     return constants
 
 
-def _outputs(importer: _Importer, exported: ExportedProgram, out_tree: Tree, canonical: Mapping[str, str]) -> None:
+def _outputs(
+    importer: _Importer,
+    exported: ExportedProgram,
+    paths: Sequence[str],
+    canonical: Mapping[str, str],
+    kept: Sequence[str],
+) -> None:
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
-    paths = out_tree.leaf_paths()
-    changed: list[tuple[Value, str]] = []
+    results = iter([*(("output", path) for path in paths), *(("attribute", name) for name in kept)])
+    changed: list[tuple[Value, str, str]] = []
     for spec, node in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
-            importer.b.output(importer.value(node), "output", next(paths))
+            importer.b.output(importer.value(node), *next(results))
         elif spec.kind == OutputKind.BUFFER_MUTATION:
-            changed.append((importer.value(node), canonical[_strip(str(spec.target))]))
+            changed.append((importer.value(node), "buffer", canonical[_strip(str(spec.target))]))
+        elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+            changed.append((importer.value(node), "input", importer.inputs[str(spec.target)]))
         else:
             raise CaptureError(
                 f"the model writes to {spec.target!r} in place ({spec.kind.name}); daggc keeps changes of buffers "
-                "only: clone an input before writing to it, and change parameters through an optimizer"
+                "and inputs only: change parameters through an optimizer"
             )
-    for value, target in changed:
-        importer.b.output(value, "buffer", target)
+    for value, kind, target in changed:
+        importer.b.output(value, kind, target)
 
 
 def dense(tensor: torch.Tensor) -> Dense:
@@ -133,6 +151,8 @@ class _Importer:
         self.b = b
         self.root = root
         self.values: dict[fx.Node, Any] = {}
+        self.spans: Spans = {}  # of checkpointed regions, in the nodes emitted
+        self.inputs: dict[str, str] = {}  # of the user: name of the placeholder -> target of the port
 
     def inside(self, b: Builder, module: torch.nn.Module) -> _Importer:
         """An importer of a module whose nodes go into another graph."""
@@ -149,8 +169,10 @@ class _Importer:
             if node.op == "call_function":
                 path, source = provenance(node)
                 with self.b.at(path, source):
+                    start = len(self.b.nodes)
                     try:
                         values[node] = self.call(module, node)
+                        note_span(self.spans, node, start, len(self.b.nodes))
                     except IRError as wrong:
                         raise CaptureError(located(f"{node.target}: {wrong}", path, source)) from wrong
             elif node.op == "get_attr":
@@ -223,7 +245,8 @@ class _Importer:
             raise CaptureError(
                 located(f"{target} is random or writes to its inputs, and daggc has no op for it", *provenance(node))
             )
-        if target is torch.ops.aten.embedding.default and len(node.args) > 4 and node.args[4]:
+        place = _SPARSE_AT.get(target._schema.name, len(node.args))
+        if len(node.args) > place and node.args[place]:
             raise CaptureError(located("an embedding has sparse=True; daggc's gradients are dense", *provenance(node)))
         tensors: list[Value] = []
         positional = [self.encode(arg, tensors) for arg in node.args]
@@ -332,6 +355,18 @@ def _refuse_strides(node: fx.Node) -> None:
     if not isinstance(meta, torch.Tensor) or not meta.is_contiguous():
         raise CaptureError(
             located("as_strided of a tensor that is not contiguous; call contiguous() first", *provenance(node))
+        )
+    target: Any = node.target
+    given: dict[str, Any] = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False))
+    given.update(node.kwargs)
+    offset, size = given.get("storage_offset"), given["size"]
+    reach = (offset or 0) + sum((length - 1) * step for length, step in zip(size, given["stride"], strict=True))
+    if (offset is not None and meta.storage_offset()) or (0 not in size and reach >= meta.numel()):
+        raise CaptureError(
+            located(
+                "as_strided sees memory outside of its tensor, a part of another; apply it to the whole tensor",
+                *provenance(node),
+            )
         )
 
 

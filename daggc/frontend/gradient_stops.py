@@ -85,7 +85,7 @@ def _stop_writes(module: fx.GraphModule, region: fx.Node) -> None:
     operands = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), region.args[2:], strict=True))
     for node in [node for node in body.graph.nodes if _is_write(node)]:
         outer = _base(operands.get(_base(node.args[0])))  # pyright: ignore[reportArgumentType]
-        if isinstance(outer, fx.Node) and outer.op == "call_function" and _has_gradient(outer):
+        if isinstance(outer, fx.Node) and _has_gradient(outer):
             raise CaptureError(
                 f"{node.target} writes in place, under torch.no_grad(), to a tensor that has a gradient, which daggc "
                 "cannot keep; write outside of torch.no_grad(), or to a detached clone"
@@ -126,6 +126,8 @@ def _base(node: Any) -> Any:
 
 
 def _has_gradient(node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return bool(getattr(node.meta.get("val"), "requires_grad", False))
     meta = node.meta.get("tensor_meta")
     return meta is None or bool(getattr(meta, "requires_grad", True))
 

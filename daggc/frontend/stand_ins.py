@@ -7,14 +7,22 @@ than it gives; or they go through an op of their own where there is a compositio
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.adaptive import _ASMoutput
 from torch.overrides import TorchFunctionMode
+
+from daggc.errors import CaptureError
+from daggc.frontend import linalg_data
+from daggc.frontend.opaque import capturing
 
 _library = torch.library.Library("daggc", "FRAGMENT")
 for _overload, _lengths in (("Tensor", "Tensor"), ("IntList", "int[]")):
@@ -107,17 +115,67 @@ def _linear_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
     return functional.linear_cross_entropy(*given.args, **given.kwargs)
 
 
+def _pack_padded_sequence(*args: Any, **kwargs: Any) -> NoReturn:
+    raise CaptureError(
+        "pack_padded_sequence makes tensors whose sizes depend on the lengths, which cannot be captured; run the "
+        "recurrent net on the padded sequences and mask its results, or mark the function with @daggc.opaque"
+    )
+
+
+def _combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
+    """``torch.combinations``: torch's own selects by a mask, though how many there are does not hang on data."""
+    choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
+    places = list(choose(range(len(input)), r))
+    return input[torch.tensor(places, dtype=torch.int64, device=input.device).reshape(-1, r)] if r else input[:0]
+
+
 _IN_PLACE_OF = {
+    torch.combinations: _combinations,
+    torch._VF._pack_padded_sequence: _pack_padded_sequence,  # pyright: ignore  # made at run time
     functional.gaussian_nll_loss: _gaussian_nll_loss,
     functional.ctc_loss: _ctc_loss,
     functional.linear_cross_entropy: _linear_cross_entropy,
     functional.multilabel_margin_loss: _multilabel_margin_loss,
     torch.ctc_loss: _ctc_loss,
+    **linalg_data.IN_PLACE_OF,
 }
 
 
-class StandIns(TorchFunctionMode):
-    """Active during capture: calls what stands in place of a function."""
-
+class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _IN_PLACE_OF.get(func, func)(*args, **(kwargs or {}))
+
+
+def _adaptive_log_softmax(module: nn.AdaptiveLogSoftmaxWithLoss, x: Tensor, target: Tensor) -> Any:
+    """Every cluster of classes sees every row; a target that is no class, an error in eager, gives NaN."""
+    if target.dim() > 1 or x.dim() != target.dim() + 1 or x.shape[:-1] != target.shape:
+        raise ValueError(f"inputs [N, F] and targets [N], or [F] and [], are required, got {x.shape}, {target.shape}")
+    rows, labels = torch.atleast_2d(x), torch.atleast_1d(target)
+    head = functional.log_softmax(module.head(rows), 1)
+    output = torch.full_like(head[:, 0], math.nan)
+    bounds = [0, *module.cutoffs]
+    for cluster, (low, high) in enumerate(pairwise(bounds)):
+        place = (labels.clamp(low, high - 1) - low).unsqueeze(1)
+        if cluster == 0:
+            chosen = head.gather(1, place)
+        else:
+            tail = functional.log_softmax(module.tail[cluster - 1](rows), 1)
+            chosen = tail.gather(1, place) + head[:, module.shortlist_size + cluster - 1].unsqueeze(1)
+        output = torch.where((labels >= low) & (labels < high), chosen.squeeze(1), output)
+    return _ASMoutput(output.reshape(target.shape), -output.mean())
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """While capturing in this thread: what stands in place of functions and forwards is called."""
+    original = nn.AdaptiveLogSoftmaxWithLoss.forward
+
+    def forward(self: nn.AdaptiveLogSoftmaxWithLoss, input_: Tensor, target_: Tensor) -> Any:
+        return _adaptive_log_softmax(self, input_, target_) if capturing() else original(self, input_, target_)
+
+    nn.AdaptiveLogSoftmaxWithLoss.forward = forward
+    try:
+        with _Functions():
+            yield
+    finally:
+        nn.AdaptiveLogSoftmaxWithLoss.forward = original

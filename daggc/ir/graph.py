@@ -64,8 +64,9 @@ class Port:
     ``kind`` and ``target`` of an input: ``param`` or ``buffer`` or ``constant`` and the model's own name;
     ``input`` and its path in the arguments' pytree; ``cotangent`` and the ``ref`` of the output it belongs
     to; ``residual``; ``key`` (of random ops); ``state`` (of an optimizer); ``scalar`` (a number fixed when a
-    step is submitted). Of an output: ``output``, ``buffer`` (its new value), ``grad`` and the ``ref`` of the
-    input it belongs to, ``residual``, ``param`` and ``state`` (their new values).
+    step is submitted). Of an output: ``output``, ``buffer`` and ``input`` (their new values), ``attribute`` (what a
+    call leaves on the model) and the attribute's path, ``grad`` and the ``ref`` of the input it belongs to,
+    ``residual``, ``param`` and ``state`` (their new values).
     """
 
     value: Value

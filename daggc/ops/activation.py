@@ -190,7 +190,9 @@ def _import_relu(b: Builder, x: Value) -> Value:
 
 
 def _import_threshold(b: Builder, x: Value, threshold: float, value: float) -> Value:
-    return b.emit("where_scalar", b.emit("gt_scalar", x, value=threshold), x, value=value)
+    """The value where x is not above the threshold; nan stays."""
+    kept = b.emit("logical_not", b.emit("le_scalar", x, value=threshold))
+    return b.emit("where_scalar", kept, x, value=value)
 
 
 def _import_glu(b: Builder, x: Value, dim: int = -1) -> Value:

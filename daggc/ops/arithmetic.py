@@ -92,8 +92,8 @@ def _pow_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Va
     slope = mul(b, y, b.emit("pow", x, b.emit("add_scalar", y, value=-1)))
     first = where_zero(b, b.emit("ne_scalar", y, value=0), mul(b, ct, slope))
     zero = b.emit("logical_and", b.emit("eq_scalar", x, value=0), _not_negative(b, y))
-    second = mul(b, ct, mul(b, node.output, b.emit("log", x)))
-    return first, where_zero(b, b.emit("logical_not", zero), second)
+    log = where_zero(b, b.emit("logical_not", zero), mul(b, node.output, b.emit("log", x)))
+    return first, mul(b, ct, log)
 
 
 def _pow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
@@ -117,7 +117,7 @@ def _rpow_scalar_vjp(b: Builder, node: Node, ct: Value) -> Value:
         return slope if base else where_zero(b, b.emit("logical_not", _not_negative(b, x)), slope)
     if base == 0:  # zero where the exponent is not negative, as in torch
         slope = scale(b, node.output, float("-inf"))
-        return where_zero(b, b.emit("lt_scalar", x, value=0), mul(b, ct, slope))
+        return mul(b, ct, where_zero(b, b.emit("logical_not", b.emit("ge_scalar", x, value=0)), slope))
     return mul(b, ct, scale(b, node.output, float(np.log(base)) if base > 0 else float("nan")))
 
 

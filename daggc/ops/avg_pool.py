@@ -38,6 +38,8 @@ def _infer_avg_pool(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorT
     require(x.is_float, "x of a float dtype is required")
     require(attrs["divisor_override"] != 0, "divisor_override is not zero")
     require(isinstance(attrs["count_include_pad"], bool), "count_include_pad is a bool")
+    fits = x.rank < 5 or all(k <= size for k, size in zip(attrs["kernel"], x.shape[2:], strict=True))
+    require(fits, f"a window that x holds is required of three spatial axes, got {attrs['kernel']} for {x}")
     return (x.with_(shape=(*x.shape[:2], *window_counts(x, attrs, _ones(attrs)))),)
 
 

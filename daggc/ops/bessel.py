@@ -37,8 +37,8 @@ def _first_order_rule(zeroth: str, scaled: bool) -> Callable[[Builder, Node, Val
 
 
 for _name, _function, _rule, _lower, _half, _aten in (
-    ("i0", special.i0, lambda b, n, ct: mul(b, ct, b.emit("i1", n.inputs[0])), "torch.i0", True, "i0"),
-    ("i0e", special.i0e, _i0e_rule, "torch.special.i0e", True, "special_i0e"),
+    ("i0", special.i0, lambda b, n, ct: mul(b, ct, b.emit("i1", n.inputs[0])), "torch.i0", False, "i0"),
+    ("i0e", special.i0e, _i0e_rule, "torch.special.i0e", False, "special_i0e"),
     ("i1", special.i1, _first_order_rule("i0", scaled=False), "torch.special.i1", False, "special_i1"),
     ("i1e", special.i1e, _first_order_rule("i0e", scaled=True), "torch.special.i1e", False, "special_i1e"),
 ):

@@ -133,7 +133,7 @@ def _infer_pad(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, 
     (x,), pads, value = inputs, attrs["pads"], attrs["value"]
     require(len(pads) == x.rank, f"a pair of pads for each axis of {x} is required, got {pads}")
     require(all(before >= 0 <= after for before, after in pads), f"pads are not negative, got {pads}")
-    fits = {bool: "bifc", int: "ifc", float: "fc"}.get(type(value), "")
+    fits = {bool: "bifc", int: "ifc", float: "fc", complex: "c"}.get(type(value), "")
     require(kind(x.dtype) in fits, f"value={value!r} would change the dtype {x.dtype}")
     return (x.with_(shape=tuple(lo + size + hi for size, (lo, hi) in zip(x.shape, pads, strict=True))),)
 

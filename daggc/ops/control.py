@@ -1,4 +1,6 @@
-"""Control flow: ops with graphs inside, ``cond``, ``while_loop`` and ``scan``.
+"""Ops with graphs inside: control flow, ``cond``, ``while_loop`` and ``scan``, and ``checkpoint``.
+
+A ``checkpoint`` runs its graph. Its derivative runs the graph again rather than keep what was computed in it.
 
 A graph inside a node reads its own inputs only: what a branch uses of its surroundings is an operand. Their
 derivatives (:mod:`daggc.ops.control_vjp`) are ops of the same kind, so they can be differentiated again.
@@ -14,7 +16,7 @@ from daggc.ir.attrs import Attrs
 from daggc.ir.graph import Graph, Node
 from daggc.ir.types import TensorType
 from daggc.ops import activation, arithmetic, compare, unary  # noqa: F401  # samples are made of their ops
-from daggc.ops.control_vjp import cond_vjp, scan_vjp, while_vjp
+from daggc.ops.control_vjp import checkpoint_vjp, cond_vjp, scan_vjp, while_vjp
 from daggc.ops.opdef import REGISTRY, Arg, Cost, OpDef, Sample, node_bytes, register, require, t, whole
 
 Body = Callable[..., Sequence[np.ndarray]]
@@ -43,6 +45,13 @@ def _require_types(got: Sequence[TensorType], wanted: Sequence[TensorType], what
 
 
 # --- type rules ---------------------------------------------------------------------------------------
+
+
+def _infer_checkpoint(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    body = _graph(attrs, "body")
+    _require_types(input_types(body), inputs, "the region must take")
+    require(bool(body.outputs), "the region gives something")
+    return output_types(body)
 
 
 def _infer_cond(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -84,6 +93,10 @@ def _infer_scan(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
 # --- meaning ------------------------------------------------------------------------------------------
 
 
+def _evaluate_checkpoint(node: Node, body: Body, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(body(*inputs))
+
+
 def _evaluate_cond(node: Node, otherwise: Body, then: Body, predicate: np.ndarray, *operands: np.ndarray):
     return tuple((then if predicate else otherwise)(*operands))
 
@@ -120,6 +133,11 @@ def _tuple(items: Sequence[str]) -> str:
 
 def _expression(node: Node, call: str) -> str:
     return f"{call}[0]" if len(node.outputs) == 1 else call
+
+
+def _lower_checkpoint(node: Node, args: Sequence[str]) -> str:
+    body, *inputs = args
+    return _expression(node, f"{body}({', '.join(['device', *inputs])})")
 
 
 def _lower_cond(node: Node, args: Sequence[str]) -> str:
@@ -188,7 +206,9 @@ def _samples() -> tuple[Sample, Sample, Sample]:
 
 def _register() -> None:
     cond, loop, steps = _samples()
+    region = Sample(cond.inputs[1:], {"body": cond.attrs["true"]})
     table = (
+        ("checkpoint", _infer_checkpoint, _evaluate_checkpoint, checkpoint_vjp, _lower_checkpoint, (region,)),
         ("cond", _infer_cond, _evaluate_cond, cond_vjp, _lower_cond, (cond,)),
         ("while_loop", _infer_while, _evaluate_while, while_vjp, _lower_while, (loop,)),
         (

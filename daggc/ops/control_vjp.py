@@ -2,6 +2,7 @@
 
 Branches and steps are computed again from what entered them, so nothing of their inside is a residual.
 
+* ``checkpoint``: a ``checkpoint`` of the pullback.
 * ``cond``: a ``cond`` on the same predicate, of the branches' pullbacks.
 * ``scan``: a ``scan`` the other way round that carries the cotangents of the carries and the sums of those of
   what every step reads. It scans what the carries were before each step.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Graph, Node, Value
@@ -25,11 +27,26 @@ COUNT = TensorType("i64", ())
 Cotangents = Sequence[Value | None]
 
 
+def checkpoint_vjp(b: Builder, node: Node, cts: Cotangents, pullback: Pullbacks) -> Cotangents:
+    given = [index for index, ct in enumerate(cts) if ct is not None]
+    wrt = pullback.reached(node.attrs["body"], [i for i, wanted in enumerate(pullback.wanted) if wanted], given)
+    if not wrt:
+        return [None] * len(node.inputs)
+    graph = pullback(node.attrs["body"], wrt, given)
+    inputs = [*node.inputs, *(ct for ct in cts if ct is not None)]
+    read = _reads([graph])
+    results = b.emit_many("checkpoint", *(inputs[index] for index in read), body=_with_inputs(graph, read))
+    return _placed(results, wrt, len(node.inputs))
+
+
 def cond_vjp(b: Builder, node: Node, cts: Cotangents, pullback: Pullbacks) -> Cotangents:
     operands = node.inputs[1:]
     wrt = [index for index, wanted in enumerate(pullback.wanted[1:]) if wanted]
     given = [index for index, ct in enumerate(cts) if ct is not None]
-    branches = {name: pullback(node.attrs[name], wrt, given) for name in ("true", "false")}
+    wrt = sorted({index for graph in node.attrs.graphs for index in pullback.reached(graph, wrt, given)})
+    if not wrt:
+        return [None] * len(node.inputs)
+    branches: dict[str, Any] = {name: pullback(node.attrs[name], wrt, given) for name in ("true", "false")}
     inputs = [*operands, *(ct for ct in cts if ct is not None)]
     read = _reads(branches.values())
     branches = {name: _with_inputs(graph, read) for name, graph in branches.items()}
@@ -124,7 +141,7 @@ def while_vjp(b: Builder, node: Node, cts: Cotangents, pullback: Pullbacks) -> C
     def one_more(inner: Builder, n: Value, *x: Value) -> list[Value]:
         return [_plus(inner, n, 1), *inline(inner, body, x)]
 
-    counting = {
+    counting: dict[str, Any] = {
         "cond": _loop_graph(b, goes_on.name, [COUNT, *types], lambda inner, n, *x: inline(inner, goes_on, x)),
         "body": _loop_graph(b, body.name, [COUNT, *types], one_more),
     }
@@ -136,7 +153,7 @@ def while_vjp(b: Builder, node: Node, cts: Cotangents, pullback: Pullbacks) -> C
     def again(inner: Builder, n: Value, *rest: Value) -> list[Value]:
         return [_plus(inner, n, 1), *inline(inner, body, [*rest[:count], *rest[count + 1 :]])]
 
-    repeat = {
+    repeat: dict[str, Any] = {
         "cond": _loop_graph(b, goes_on.name, again_types, lambda inner, n, *x: [inner.emit("lt", n, x[count])]),
         "body": _loop_graph(b, body.name, again_types, again),
     }

@@ -59,6 +59,8 @@ def conv_type(x: TensorType, weight: TensorType, attrs: Attrs) -> TensorType:
     channels, kernel = x.shape[1], weight.shape[2:]
     if transposed:
         require(channels == weight.shape[0] and channels % groups == 0, f"x has {channels} channels, weight does not")
+        less = zip(attrs["output_padding"], attrs["stride"], attrs["dilation"], strict=True)
+        require(all(extra < max(s, d) for extra, s, d in less), "output_padding is less than stride or dilation")
         out = weight.shape[1] * groups
         sizes = tuple(
             (size - 1) * s - 2 * p + span(k, d) + extra

@@ -144,9 +144,7 @@ def _forward(b: Builder, lattice: _Lattice, running: Sequence[Value]) -> list[Va
 def _running(b: Builder, lattice: _Lattice, input_lengths: Value) -> list[Value]:
     """Whether the input goes on at each step, [N, L] each."""
     size = lattice.shape[1]
-    return [
-        lattice.rows(b.emit("gt_scalar", input_lengths, value=step), size) for step in range(lattice.steps)
-    ]
+    return [lattice.rows(b.emit("gt_scalar", input_lengths, value=step), size) for step in range(lattice.steps)]
 
 
 def _decompose(

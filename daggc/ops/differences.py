@@ -144,7 +144,7 @@ def import_gradient(form: str) -> Importer:
         dims = list(range(rank)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
         spacings = list(spacing) if form != "step" else [1.0 if spacing is None else spacing] * len(dims)
         require(len(spacings) == len(dims), f"a spacing for each of {len(dims)} axes is required, got {len(spacings)}")
-        along = _by_points if form == "points" else _by_step
+        along: Any = _by_points if form == "points" else _by_step
         return tuple(
             along(b, x, norm_dim(axis, rank), step, edge_order) for axis, step in zip(dims, spacings, strict=True)
         )

@@ -26,6 +26,7 @@ from daggc.ops.build import (
     sub,
     sum_dims,
     transpose,
+    zeros_like,
 )
 from daggc.ops.concat import concat
 from daggc.ops.matrices import REAL, batch_axes, constant_indices, widened
@@ -78,7 +79,7 @@ def _cdist_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
     (ct,), (x, y), p = cts, node.inputs, node.attrs["p"]
     assert ct is not None
     if p == 0:
-        return None, None
+        return zeros_like(b, x), zeros_like(b, y)
     x_ct = b.emit("cdist_backward", ct, x, y, node.output, p=p)
     return x_ct, b.emit("cdist_backward", transpose(b, ct), y, x, transpose(b, node.output), p=p)
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Value
-from daggc.ops.build import add, broadcast, broadcast_together, cast, full, mul, neg, reshape, result_dtype, sub, sum_dims
+from daggc.ops.build import (
+    add,
+    broadcast,
+    broadcast_together,
+    cast,
+    full,
+    mul,
+    neg,
+    reshape,
+    result_dtype,
+    sub,
+    sum_dims,
+)
 from daggc.ops.loss import MEAN, reduce_loss
 from daggc.ops.vector_norm import vector_norm
 
@@ -18,9 +30,7 @@ def _plus(b: Builder, x: Value, value: float) -> Value:
     return x if value == 0 else b.emit("add_scalar", x, value=float(value))
 
 
-def pairwise_distance(
-    b: Builder, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False
-) -> Value:
+def pairwise_distance(b: Builder, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> Value:
     """``|x - y + eps|`` along the last axis."""
     return vector_norm(b, _plus(b, sub(b, *_operands(b, x, y)), eps), p, -1, keepdim)
 

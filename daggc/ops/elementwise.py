@@ -43,6 +43,9 @@ from daggc.ops.opdef import (
     upcast,
 )
 
+# (builder, node, ct) -> the cotangent of the one input; or piecewise_constant
+ScalarRule = Callable[..., Any]
+
 
 def same_types(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     """All inputs and the one output have one type."""
@@ -122,7 +125,7 @@ def _import_unary(op: str, to_float: bool) -> Importer:
 def unary(
     name: str,
     function: Callable[[np.ndarray], np.ndarray],
-    vjp: Callable[[Builder, Node, Value], Value] | Derivative,
+    vjp: ScalarRule | Derivative,
     lower: str | None = None,
     *,
     flops: float = 1,
@@ -171,6 +174,7 @@ def import_binary(op: str, operand_dtype: Callable[[str], str], commutes: bool, 
         if isinstance(x, Value) and isinstance(y, Value):
             return b.emit(op, *broadcast_together(b, cast(b, x, dtype), cast(b, y, dtype)))
         if isinstance(x, Value):
+            assert not isinstance(y, Value)  # it would have been met above
             if not with_scalar:
                 return b.emit(op, cast(b, x, dtype), full(b, y, x.type.shape, dtype))
             return b.emit(f"{op}_scalar", cast(b, x, dtype), value=y)
@@ -197,7 +201,7 @@ def binary(
     name: str,
     function: Callable[[np.ndarray, Any], np.ndarray],
     vjp: VJP | Derivative,
-    scalar_vjp: Callable[[Builder, Node, Value], Value | None] | Derivative,
+    scalar_vjp: ScalarRule | Derivative,
     lower: str,
     *,
     flops: float = 1,
@@ -244,7 +248,7 @@ def binary(
 def register_scalar(
     name: str,
     function: Callable[[np.ndarray, Any], np.ndarray],
-    vjp: Callable[[Builder, Node, Value], Value | None] | Derivative,
+    vjp: ScalarRule | Derivative,
     lower: str,
     rule: Callable = same_types,
     flops: float = 1,

@@ -190,8 +190,11 @@ def _import_poisson(
 
 
 def _import_soft_margin(b: Builder, x: Value, target: Value, reduction: int = MEAN) -> Value:
-    """``log(1 + exp(-target x))``, without the exponential that overflows in derivatives."""
-    return reduce_loss(b, neg(b, b.emit("log_sigmoid", mul(b, *_operands(b, x, target)))), reduction)
+    """``log(1 + exp(u))`` with u = -target x, as ``max(u, 0) + log(1 + exp(-|u|))``: both derivatives keep digits."""
+    u = neg(b, mul(b, *_operands(b, x, target)))
+    below = b.emit("where", b.emit("gt_scalar", u, value=0.0), neg(b, u), u)
+    losses = b.emit("add", b.emit("relu", u), b.emit("log1p", b.emit("exp", below)))
+    return reduce_loss(b, losses, reduction)
 
 
 def _import_hinge(b: Builder, x: Value, target: Value, margin: float = 1.0, reduction: int = MEAN) -> Value:

@@ -17,6 +17,7 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import broadcast, cast, full, mul, sum_dims
+from daggc.ops.indexing import average_row_gradients
 from daggc.ops.opdef import Arg, Axes, OpDef, Sample, elementwise_cost, register, require, t
 from daggc.ops.shape import Cotangents, unsqueeze
 from daggc.ops.slicing import slice_dim
@@ -130,11 +131,10 @@ def _import(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> tuple[Value | None, ...]:
-    if scale_grad_by_freq or sparse:
-        raise TypeRuleError(
-            "embedding_bag with dense, unscaled gradients is required, "
-            f"got scale_grad_by_freq={scale_grad_by_freq}, sparse={sparse}"
-        )
+    if sparse:
+        raise TypeRuleError("an embedding_bag with dense gradients is required, got sparse=True")
+    if scale_grad_by_freq and MODES[mode] != "max":
+        weight = average_row_gradients(b, weight, index)
     if index.type.dtype != offsets.type.dtype:
         index, offsets = cast(b, index, "i64"), cast(b, offsets, "i64")
     if include_last_offset:
@@ -146,15 +146,15 @@ def _import(
 
 def _import_low(b: Builder, *args: Any, padding_idx: int = -1) -> tuple[Value | None, ...]:
     """``_embedding_bag``, for which -1 is no padding; ``embedding_bag`` counts it from the end."""
-    *args, padding_idx = args if len(args) == 9 else (*args, padding_idx)
-    return _import(b, *args, padding_idx=padding_idx if padding_idx >= 0 else None)
+    *given, padding_idx = args if len(args) == 9 else (*args, padding_idx)
+    return _import(b, *given, padding_idx=padding_idx if padding_idx >= 0 else None)
 
 
 def _import_bag(b: Builder, weight: Value, *args: Any) -> tuple[Value | None, ...]:
-    *args, padding_idx = args if len(args) == 8 else (*args, None)
+    *given, padding_idx = args if len(args) == 8 else (*args, None)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.type.shape[0]
-    return _import(b, weight, *args, padding_idx=padding_idx)
+    return _import(b, weight, *given, padding_idx=padding_idx)
 
 
 _INDEX, _OFFSETS = Arg(t(4, dtype="i64"), "index:3"), Arg(t(2, dtype="i64"), "index:1")

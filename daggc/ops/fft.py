@@ -92,18 +92,18 @@ def _infer_c2r(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, 
 def _evaluate_c2c(node: Node, x: np.ndarray) -> np.ndarray:
     forward, norm = node.attrs["forward"], _NUMPY_NORMS[node.attrs["norm"]]
     transform = fft.fftn if forward else fft.ifftn
-    return transform(x, axes=node.attrs["dims"], norm=norm[not forward])
+    return np.asarray(transform(x, axes=node.attrs["dims"], norm=norm[not forward]))
 
 
 def _evaluate_r2c(node: Node, x: np.ndarray) -> np.ndarray:
     transform = fft.rfftn if node.attrs["onesided"] else fft.fftn
-    return transform(x, axes=node.attrs["dims"], norm=_NUMPY_NORMS[node.attrs["norm"]][0])
+    return np.asarray(transform(x, axes=node.attrs["dims"], norm=_NUMPY_NORMS[node.attrs["norm"]][0]))
 
 
 def _evaluate_c2r(node: Node, x: np.ndarray) -> np.ndarray:
     dims = node.attrs["dims"]
     sizes = [node.output.type.shape[dim] for dim in dims]
-    return fft.irfftn(x, s=sizes, axes=dims, norm=_NUMPY_NORMS[node.attrs["norm"]][1])
+    return np.asarray(fft.irfftn(x, s=sizes, axes=dims, norm=_NUMPY_NORMS[node.attrs["norm"]][1]))
 
 
 def _c2c_vjp(b: Builder, node: Node, ct: Value) -> Value:

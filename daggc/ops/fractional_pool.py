@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from daggc.ir.types import TensorType
 from daggc.ops.max_pool import first_largest, scatter_to_maxima
 from daggc.ops.opdef import Arg, Axes, Importer, OpDef, Sample, register, require, t
 from daggc.ops.pooling import numbers, pool_cost, with_batch
+from daggc.ops.slicing import slice_dim
 
 
 def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -29,6 +31,8 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     require(len(kernel) == len(size) == x.rank - 2, "a kernel and an output size for each spatial axis are required")
     require(min(*kernel, *size) > 0, "kernel and output size are positive")
     room = all(width + count - 1 <= whole for width, count, whole in zip(kernel, size, x.shape[2:], strict=True))
+    if x.rank == 5:  # torch leaves a place for each window to move there
+        room = all(width + count - 1 < whole for width, count, whole in zip(kernel, size, x.shape[2:], strict=True))
     require(room, f"windows {kernel} by {size} do not fit into {x}")
     wanted = TensorType(x.dtype, (*x.shape[:2], x.rank - 2))
     require(samples == wanted, f"samples {wanted} are required, got {samples}")
@@ -82,9 +86,11 @@ def _import(rank: int) -> Importer:
     def importer(
         b: Builder, x: Value, kernel_size: Sequence[int], output_size: Sequence[int], random_samples: Value
     ) -> tuple[Value, ...]:
-        attrs = {"kernel": numbers(kernel_size, rank), "output_size": numbers(output_size, rank)}
+        attrs: dict[str, Any] = {"kernel": numbers(kernel_size, rank), "output_size": numbers(output_size, rank)}
         if random_samples.type.rank != 3:
             raise TypeRuleError(f"samples [n, c, {rank}] are required, got {random_samples.type}")
+        batch = x.type.shape[0] if x.type.rank == rank + 2 else 1
+        random_samples = slice_dim(b, random_samples, 0, 0, min(batch, random_samples.type.shape[0]))  # torch's first
         return with_batch(b, x, rank, lambda x: b.emit_many("fractional_max_pool", x, random_samples, **attrs))
 
     return importer

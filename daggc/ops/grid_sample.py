@@ -19,7 +19,8 @@ from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import add, broadcast, cast, full, mul, neg, reshape, scale, sub, sum_dims
+from daggc.ops.build import add, broadcast, cast, full, mul, neg, reshape, scale, sub, sum_dims, transpose
+from daggc.ops.iota import iota
 from daggc.ops.moments import wide_dtype
 from daggc.ops.opdef import (
     BY_DECOMPOSITION,
@@ -340,12 +341,31 @@ def _importer(b: Builder, x: Value, grid: Value, mode: int, padding: int, align_
     return b.emit("grid_sample", x, grid, **_attrs(MODES[mode], PADDINGS[padding], align_corners))
 
 
+def _import_affine_grid(b: Builder, theta: Value, size: Sequence[int], align_corners: bool) -> Value:
+    """``affine_grid``: the places ``theta [x, y, (z,) 1]`` of a regular grid, from -1 to 1 along each axis."""
+    n, _, *spatial = size
+    axes, dtype = len(spatial), theta.type.dtype
+    columns = []
+    for axis, count in reversed(list(enumerate(spatial))):
+        steps = iota(b, count, wide_dtype(dtype), 1.0 - count, 2.0)
+        steps = b.emit("div_scalar", steps, value=float(max(1, count - 1) if align_corners else count))
+        shape = [count if other == axis else 1 for other in range(axes)]
+        columns.append(broadcast(b, reshape(b, cast(b, steps, dtype), (*shape, 1)), (*spatial, 1)))
+    columns.append(full(b, 1.0, (*spatial, 1), dtype))
+    points = reshape(b, b.emit("concat", *columns, dim=axes), (1, math.prod(spatial), axes + 1))
+    moved = b.emit("matmul", broadcast(b, points, (n, *points.type.shape[1:])), transpose(b, theta))
+    return reshape(b, moved, (n, *spatial, axes))
+
+
 def _attrs(mode: str, padding: str, align_corners: bool) -> dict[str, Attr]:
     return {"mode": mode, "padding": padding, "align_corners": align_corners}
 
 
 _NAMES = ("grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default")
-_IMPORTERS: dict[str, Importer] = dict.fromkeys(_NAMES, _importer)
+_IMPORTERS: dict[str, Importer] = {
+    **dict.fromkeys(_NAMES, _importer),
+    "affine_grid_generator.default": _import_affine_grid,
+}
 _CASES = (
     ((2, 3, 4, 5), (2, 3, 2, 2), _attrs("bilinear", "zeros", False)),
     ((1, 2, 3, 4), (1, 3, 4, 2), _attrs("bilinear", "reflection", True)),

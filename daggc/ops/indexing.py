@@ -1,4 +1,4 @@
-"""Reading and writing along one axis by index: embedding, gather, scatter, index_select, index_add, one_hot.
+"""Reading and writing along one axis by index: embedding, gather, scatter, index_select, index_add.
 
 Indices are not negative. ``gather`` and the scatters take tensors that agree on all axes but ``dim``:
 importers cut to size what torch allows to be larger.
@@ -18,7 +18,6 @@ from daggc.ir.types import TensorType
 from daggc.ops.build import Scalar, broadcast, broadcast_shapes, cast, full, norm_dim, reshape, scale, zeros_like
 from daggc.ops.opdef import (
     AS_IT_IS,
-    NOT_DIFFERENTIABLE,
     Arg,
     Axes,
     Importer,
@@ -110,12 +109,15 @@ def _padding(node: Node) -> int:
     return -1 if node.attrs["padding_idx"] is None else node.attrs["padding_idx"]
 
 
-def _refuse_variants(scale_grad_by_freq: bool, sparse: bool) -> None:
-    if scale_grad_by_freq or sparse:
-        raise TypeRuleError(
-            "embedding with dense, unscaled gradients is required, "
-            f"got scale_grad_by_freq={scale_grad_by_freq}, sparse={sparse}"
-        )
+def average_row_gradients(b: Builder, weight: Value, index: Value) -> Value:
+    """The weight; the gradient of each row is divided by the number of times that the index has it."""
+    rows, dtype = weight.type.shape[0], weight.type.dtype
+    ones = full(b, 1.0, (index.type.numel,), dtype)
+    counts = b.emit("index_add", full(b, 0.0, (rows,), dtype), _flat(b, index), ones, dim=0)
+    counts = unsqueeze(b, b.emit("maximum_scalar", counts, value=1.0), 1)
+    fixed = b.emit("stop_gradient", weight)
+    nothing = b.emit("div", b.emit("sub", weight, fixed), broadcast(b, counts, weight.type.shape))
+    return b.emit("add", fixed, nothing)
 
 
 def _import_embedding(
@@ -126,19 +128,23 @@ def _import_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Value:
-    _refuse_variants(scale_grad_by_freq, sparse)
+    if sparse:
+        raise TypeRuleError("an embedding with dense gradients is required, got sparse=True")
+    if scale_grad_by_freq:
+        weight = average_row_gradients(b, weight, index)
     return b.emit("embedding", weight, index, padding_idx=padding_idx if padding_idx >= 0 else None)
 
 
 def _import_embedding_backward(
     b: Builder, ct: Value, index: Value, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Value:
-    _refuse_variants(scale_grad_by_freq, sparse=False)
+    if scale_grad_by_freq:
+        raise TypeRuleError("the backward of an embedding with unscaled gradients is required")
     padding = padding_idx if padding_idx >= 0 else None
     return b.emit("embedding_backward", ct, index, num_weights=num_weights, padding_idx=padding)
 
 
-def _index_arg(*shape: int, below: int) -> Arg:
+def index_arg(*shape: int, below: int) -> Arg:
     return Arg(t(*shape, dtype="i64"), f"index:{below}")
 
 
@@ -154,9 +160,9 @@ register(
         lower=lambda node, args: f"torch.embedding({args[0]}, {args[1]}, {_padding(node)})",
         aten={"embedding.default": _import_embedding},
         samples=(
-            Sample((Arg(t(5, 3)), _index_arg(2, 4, below=5)), {"padding_idx": None}),
-            Sample((Arg(t(3, 2)), _index_arg(6, below=3)), {"padding_idx": 1}),
-            Sample((Arg(t(3, 2)), _index_arg(below=3)), {"padding_idx": None}),
+            Sample((Arg(t(5, 3)), index_arg(2, 4, below=5)), {"padding_idx": None}),
+            Sample((Arg(t(3, 2)), index_arg(6, below=3)), {"padding_idx": 1}),
+            Sample((Arg(t(3, 2)), index_arg(below=3)), {"padding_idx": None}),
         ),
     )
 )
@@ -175,8 +181,8 @@ register(
         ),
         aten={"embedding_dense_backward.default": _import_embedding_backward},
         samples=(
-            Sample((Arg(t(2, 4, 3)), _index_arg(2, 4, below=5)), {"num_weights": 5, "padding_idx": None}),
-            Sample((Arg(t(6, 2)), _index_arg(6, below=3)), {"num_weights": 3, "padding_idx": 1}),
+            Sample((Arg(t(2, 4, 3)), index_arg(2, 4, below=5)), {"num_weights": 5, "padding_idx": None}),
+            Sample((Arg(t(6, 2)), index_arg(6, below=3)), {"num_weights": 3, "padding_idx": 1}),
         ),
     )
 )
@@ -256,7 +262,7 @@ def _crop(b: Builder, x: Value, shape: Sequence[int], but: int | None = None) ->
 
 def _import_gather(b: Builder, x: Value, dim: int, index: Value, **_: object) -> Value:
     index = cast(b, index, "i64")
-    if not x.type.rank or not index.type.rank:
+    if not index.type.numel or not x.type.rank or not index.type.rank:  # an empty index may have any rank
         picked = b.emit("gather", _flat(b, x), _flat(b, index), dim=0)
         return reshape(b, picked, index.type.shape)
     dim = norm_dim(dim, x.type.rank)
@@ -320,8 +326,8 @@ register(
         lower=lambda node, args: f"torch.gather({args[0]}, {node.attrs['dim']}, {args[1]})",
         aten={"gather.default": _import_gather, "take_along_dim.default": _import_take_along_dim},
         samples=(
-            Sample((Arg(t(3, 4)), _index_arg(3, 2, below=4)), {"dim": 1}),
-            Sample((Arg(t(3, 4)), _index_arg(5, 4, below=3)), {"dim": 0}),
+            Sample((Arg(t(3, 4)), index_arg(3, 2, below=4)), {"dim": 1}),
+            Sample((Arg(t(3, 4)), index_arg(5, 4, below=3)), {"dim": 0}),
         ),
     )
 )
@@ -340,7 +346,7 @@ register(
             "as_strided_scatter.default": import_as_strided_scatter,
         },
         # One index a row: where indices repeat, the result is any of the sources.
-        samples=(Sample((Arg(t(3, 4)), _index_arg(3, 1, below=4), Arg(t(3, 1))), {"dim": 1}),),
+        samples=(Sample((Arg(t(3, 4)), index_arg(3, 1, below=4), Arg(t(3, 1))), {"dim": 1}),),
     )
 )
 register(
@@ -355,8 +361,8 @@ register(
         lower=lambda node, args: f"torch.scatter_add({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
         aten={"scatter_add.default": _import_scatter("scatter_add")},
         samples=(
-            Sample((Arg(t(3, 4)), _index_arg(3, 2, below=4), Arg(t(3, 2))), {"dim": 1}),
-            Sample((Arg(t(2, 4)), _index_arg(5, 4, below=2), Arg(t(5, 4))), {"dim": 0}),
+            Sample((Arg(t(3, 4)), index_arg(3, 2, below=4), Arg(t(3, 2))), {"dim": 1}),
+            Sample((Arg(t(2, 4)), index_arg(5, 4, below=2), Arg(t(5, 4))), {"dim": 0}),
         ),
     )
 )
@@ -439,8 +445,8 @@ register(
             "as_strided_copy.default": import_as_strided,
         },
         samples=(
-            Sample((Arg(t(3, 4)), _index_arg(6, below=4)), {"dim": 1}),
-            Sample((Arg(t(3, 2)), _index_arg(2, below=3)), {"dim": 0}),
+            Sample((Arg(t(3, 4)), index_arg(6, below=4)), {"dim": 1}),
+            Sample((Arg(t(3, 2)), index_arg(2, below=3)), {"dim": 0}),
         ),
     )
 )
@@ -456,47 +462,8 @@ register(
         lower=lambda node, args: f"torch.index_add({args[0]}, {node.attrs['dim']}, {args[1]}, {args[2]})",
         aten={"index_add.default": _import_index_add},
         samples=(
-            Sample((Arg(t(3, 4)), _index_arg(6, below=4), Arg(t(3, 6))), {"dim": 1}),
-            Sample((Arg(t(3, 2)), _index_arg(2, below=3), Arg(t(2, 2))), {"dim": 0}),
+            Sample((Arg(t(3, 4)), index_arg(6, below=4), Arg(t(3, 6))), {"dim": 1}),
+            Sample((Arg(t(3, 2)), index_arg(2, below=3), Arg(t(2, 2))), {"dim": 0}),
         ),
-    )
-)
-
-# --- one_hot ------------------------------------------------------------------------------------------
-
-
-def _infer_one_hot(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-    (index,) = inputs
-    require(index.dtype == "i64", f"i64 indices are required, got {index}")
-    return (index.with_(shape=(*index.shape, attrs["num_classes"])),)
-
-
-def _evaluate_one_hot(node: Node, index: np.ndarray) -> np.ndarray:
-    count = node.attrs["num_classes"]
-    return (bounded(index, count)[..., None] == np.arange(count)).astype(np.int64)
-
-
-def _import_one_hot(b: Builder, index: Value, num_classes: int = -1) -> Value:
-    if num_classes < 0:
-        raise TypeRuleError("one_hot without num_classes has a data-dependent shape; give num_classes")
-    return b.emit("one_hot", index, num_classes=num_classes)
-
-
-def _one_hot_axes(node: Node) -> Axes:
-    labels = letters(node.inputs[0].type.rank)
-    return Axes((labels,), ((*labels, None),))
-
-
-register(
-    OpDef(
-        name="one_hot",
-        infer=_infer_one_hot,
-        evaluate=_evaluate_one_hot,
-        vjp=NOT_DIFFERENTIABLE,
-        cost=copy_cost,
-        axes=_one_hot_axes,
-        lower=lambda node, args: f"torch.nn.functional.one_hot({args[0]}, {node.attrs['num_classes']})",
-        aten={"one_hot.default": _import_one_hot},
-        samples=(Sample((_index_arg(2, 3, below=5),), {"num_classes": 5}),),
     )
 )

@@ -59,8 +59,16 @@ def iota(b: Builder, size: int, dtype: str = "i64", start: Scalar = 0, step: Sca
     return b.emit("iota", start=start, step=step, size=size, dtype=dtype)
 
 
+def _real(number: Scalar) -> int | float:
+    """The number, without which there is no order; torch has evenly spaced complex numbers too."""
+    if isinstance(number, complex):
+        raise NotImplementedError(f"a range with the complex number {number}")
+    return int(number) if isinstance(number, bool) else number
+
+
 def _import_arange(b: Builder, *bounds: Scalar, dtype: str | None = None, **_: Any) -> Value:
-    start, end, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    given = [_real(number) for number in bounds]
+    start, end, step = (0, given[0], 1) if len(given) == 1 else (*given, 1)[:3]
     dtype = dtype or ("f32" if any(isinstance(number, float) for number in (start, end, step)) else "i64")
     if kind(dtype) != "f":
         start, end, step = int(start), int(end), int(step)
@@ -76,7 +84,7 @@ def _import_linspace(
     b: Builder, start: Scalar, end: Scalar, steps: int, *, dtype: str | None = None, **_: Any
 ) -> Value:
     """Counted from both ends to the middle, as torch does, so that the last number is exactly ``end``."""
-    dtype = dtype or "f32"
+    dtype, start, end = dtype or "f32", _real(start), _real(end)
     if kind(dtype) == "i":  # in f64, between whole numbers
         return cast(b, _import_linspace(b, int(start), int(end), steps, dtype="f64"), dtype)
     if kind(dtype) != "f":
@@ -98,7 +106,7 @@ def _import_linspace_of_tensors(
     if kind(dtype) != "f":
         raise NotImplementedError(f"linspace of dtype {dtype} between tensors")
     first, last = (
-        cast(b, _stopped(b, bound), dtype) if isinstance(bound, Value) else full(b, float(bound), (), dtype)
+        cast(b, _stopped(b, bound), dtype) if isinstance(bound, Value) else full(b, float(_real(bound)), (), dtype)
         for bound in (start, end)
     )
     if steps <= 1:
@@ -129,10 +137,9 @@ def _logspace(linspace: Callable[..., Value]) -> Callable[..., Value]:
         **_: Any,
     ) -> Value:
         dtype = dtype or "f32"
-        whole = kind(dtype) == "i" and not isinstance(start, Value) and not isinstance(end, Value)
-        if whole:
-            assert not isinstance(start, Value | complex) and not isinstance(end, Value | complex)
-            start, end = int(start), int(end)
+        whole = kind(dtype) == "i"
+        if whole and not isinstance(start, Value) and not isinstance(end, Value):
+            start, end = int(_real(start)), int(_real(end))
         exponents = linspace(b, start, end, steps, dtype="f32" if whole else dtype)
         return cast(b, b.emit("rpow_scalar", exponents, value=float(base)), dtype)
 

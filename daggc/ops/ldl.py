@@ -58,7 +58,9 @@ register(
         lower=lambda node, args: f"torch.linalg.ldl_factor_ex({args[0]}, check_errors={node.attrs['check_errors']})",
         aten={
             "linalg_ldl_factor_ex.default": _import_factor_ex,
-            "linalg_ldl_factor.default": lambda b, x, *, hermitian=False: _import_factor_ex(b, x, check_errors=True)[:2],
+            "linalg_ldl_factor.default": lambda b, x, *, hermitian=False: _import_factor_ex(b, x, check_errors=True)[
+                :2
+            ],
         },
         samples=(Sample((Arg(t(2, 3, 3), "hermitian"),), {"check_errors": False}),),
     )
@@ -97,9 +99,7 @@ def _solve_one(node: Node, factors: np.ndarray, pivots: np.ndarray, b: np.ndarra
     return (x,)
 
 
-def _import_solve(
-    b: Builder, factors: Value, pivots: Value, right: Value, *, hermitian: bool = False
-) -> Value:
+def _import_solve(b: Builder, factors: Value, pivots: Value, right: Value, *, hermitian: bool = False) -> Value:
     factors, right = broadcast_batches(b, factors, right)
     wide = b.emit("broadcast", pivots, shape=factors.type.shape[:-1]) if factors.type.rank > 2 else pivots
     return b.emit("ldl_solve", factors, wide, right)

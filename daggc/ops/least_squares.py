@@ -28,6 +28,7 @@ from daggc.ops.matrices import (
 )
 from daggc.ops.opdef import Arg, Axes, OpDef, Sample, register, require, scalar, t
 from daggc.ops.shape import Cotangents
+from daggc.ops.slicing import slice_dim
 
 _DRIVERS = {"gels": 1, "gelsy": 2, "gelsd": 3, "gelss": 3}  # and how much they tell: solution, rank, singular values
 
@@ -47,8 +48,8 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
 
 def _one(node: Node, a: np.ndarray, b: np.ndarray) -> tuple[Any, ...]:
     driver = node.attrs["driver"] if node.attrs["driver"] != "gels" else "gelsd"
-    solution, _, rank, sizes = scipy.linalg.lstsq(a, b, cond=node.attrs["rcond"], lapack_driver=driver)
-    return (solution, rank, sizes)[: len(node.outputs)]
+    result: Any = scipy.linalg.lstsq(a, b, cond=node.attrs["rcond"], lapack_driver=driver)
+    return (result[0], *result[2:])[: len(node.outputs)]
 
 
 def _vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
@@ -78,7 +79,7 @@ def _import(
     rows, size = a.type.shape[-2:]
     rcond = EPS[a.type.dtype] * max(rows, size) if rcond is None else float(rcond)
     solution, *rest = b.emit_many("lstsq", a, columns, driver=driver, rcond=rcond)
-    residuals = zeros(b, a.type, (0,))
+    residuals = slice_dim(b, reshape(b, a, (a.type.numel,)), 0, 0, 0)  # empty, and as in eager a function of a
     if rows > size and driver != "gelsy":
         gap = sub(b, matmul(b, a, solution), columns)
         residuals = sum_dims(b, mul(b, gap, gap), (gap.type.rank - 2,))
@@ -89,7 +90,8 @@ def _import(
     if vectors:
         solution = reshape(b, solution, solution.type.shape[:-1])
     rank = rest[0] if rest else b.emit("full", value=0, shape=(0,), dtype="i64")
-    return solution, residuals, rank, rest[1] if len(rest) > 1 else zeros(b, a.type, (0,))
+    sizes = b.emit("stop_gradient", rest[1]) if len(rest) > 1 else zeros(b, a.type, (0,))
+    return solution, residuals, rank, sizes
 
 
 register(

@@ -46,6 +46,8 @@ def _with_indices(x: TensorType, counts: Sequence[int]) -> tuple[TensorType, ...
 def _infer_max_pool(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     (x,) = inputs
     require(x.is_float, "x of a float dtype is required")
+    seen = all(d <= size or k == 1 for size, k, d in zip(x.shape[2:], attrs["kernel"], attrs["dilation"], strict=True))
+    require(seen, f"a window may see nothing of {x} with dilation {attrs['dilation']}")
     return _with_indices(x, window_counts(x, attrs, attrs["dilation"]))
 
 

@@ -14,6 +14,7 @@ from daggc.ir.types import TensorType
 from daggc.ops.build import broadcast_together, cast, kind, mul, neg, result_dtype, scale, sub
 from daggc.ops.elementwise import weak
 from daggc.ops.opdef import (
+    HOLOMORPHIC,
     Importer,
     Infer,
     OpDef,
@@ -32,10 +33,14 @@ def _infer(count: int, kinds: str, value: str | None) -> Infer:
         require(len(inputs) == count, f"{count} inputs are required, got {len(inputs)}")
         require(len(set(inputs)) == 1, "inputs of one type are required (cast and broadcast are ops)")
         (x, *_) = inputs
-        require(kind(x.dtype) in kinds, f"a {'float' if kinds == 'f' else 'number'} tensor is required, got {x}")
+        require(kind(x.dtype) in kinds, f"a {'number' if 'i' in kinds else 'float'} tensor is required, got {x}")
         if value is not None:
             number = attrs[value]
-            fits = type(number) is int or (type(number) is float and x.is_float)
+            fits = (
+                type(number) is int
+                or (type(number) is float and x.differentiable)
+                or (type(number) is complex and x.is_complex)
+            )
             require(fits, f"{value} is a number of the kind of {x.dtype}, got {number!r}")
         return (x,)
 
@@ -100,8 +105,8 @@ def _import_lerp(b: Builder, start: Value, end: Value, weight: Value | float) ->
 
 
 for _name, _function, _vjp, _kinds in (
-    ("addcmul", _addcmul, _addcmul_vjp, "if"),
-    ("addcdiv", _addcdiv, _addcdiv_vjp, "f"),
+    ("addcmul", _addcmul, _addcmul_vjp, "ifc"),
+    ("addcdiv", _addcdiv, _addcdiv_vjp, "fc"),
 ):
     register(
         OpDef(
@@ -109,12 +114,13 @@ for _name, _function, _vjp, _kinds in (
             infer=_infer(3, _kinds, "value"),
             evaluate=upcast(_function),
             vjp=_vjp,
+            complex=HOLOMORPHIC,
             cost=elementwise_cost(3),
             axes=same_axes,
             lower=lambda node, args, name=_name: (
                 f"torch.{name}({', '.join(args)}, value={scalar(node.attrs['value'])})"
             ),
-            aten={f"{_name}.default": _importer(_name, to_float=_kinds == "f")},
+            aten={f"{_name}.default": _importer(_name, to_float=_kinds == "fc")},
             samples=(sample((3, 4), (3, 4), (3, 4), domain="positive", value=0.5),),
         )
     )

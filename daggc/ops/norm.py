@@ -137,7 +137,8 @@ class _Norm:
         require(ct == x, "a cotangent of x's type is required")
         require(mean in (None, statistics) and rstd == statistics, f"statistics {statistics} are required")
         require(isinstance(attrs["bias"], bool), "bias says whether the bias has a cotangent")
-        require(weight is not None or not attrs["bias"], "a bias needs a weight")
+        possible = self.centered and weight is not None
+        require(possible or not attrs["bias"], "a bias needs a weight, and a norm that takes the mean away")
         return (x,) if weight is None else (x, weight, weight) if attrs["bias"] else (x, weight)
 
     def evaluate_backward(self, node: Node, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

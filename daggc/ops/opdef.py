@@ -96,7 +96,11 @@ class Pullbacks(Protocol):
 
     def __call__(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> Graph:
         """The pullback of a graph: it takes the graph's inputs and cotangents of the ``given`` outputs, and gives
-        the cotangents of the inputs ``wrt``, all by position."""
+        the cotangents of the inputs ``wrt``, all by position; zeros for those that nothing reaches."""
+        ...
+
+    def reached(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> list[int]:
+        """Those of the inputs ``wrt`` that the ``given`` outputs depend on."""
         ...
 
 
@@ -189,6 +193,7 @@ class Registry(Mapping[str, OpDef]):
         if op not in PLACED and any(type_.device is not None for type_ in inputs):
             raise TypeRuleError(f"{op}: an op in a placed graph is inside a call; only call and transfer are placed")
         try:
+            _check_kinds(attrs)
             return definition.infer(inputs, attrs)
         except TypeRuleError as wrong:
             raise TypeRuleError(f"{op}({', '.join(map(str, inputs))}) {{{attrs}}}: {wrong}") from None
@@ -200,6 +205,41 @@ class Registry(Mapping[str, OpDef]):
 
     def builder(self, name: str) -> Builder:
         return Builder(self, name)
+
+
+# Attributes by what they hold wherever they occur, so that type rules need not say so each; None where it is allowed.
+_INTEGERS = frozenset(
+    (
+        *("dim", "dims", "shape", "sizes", "size", "kernel", "stride", "padding", "dilation", "output_padding", "groups"),
+        *("output_size", "input_shape", "normalized_shape", "weight_shape", "num_weights", "k", "blank", "length"),
+        *("padding_idx", "divisor_override", "ignore_index", "stream"),
+    )
+)
+_NUMBERS = frozenset(
+    (
+        *("alpha", "beta", "beta1", "beta2", "dampening", "momentum", "weight_decay", "eps", "threshold", "ord"),
+        *("negative_slope", "input_scale", "min_val", "max_val", "mean", "std", "low", "high", "correction", "p"),
+        *("rcond", "scales", "scale"),
+    )
+)
+_OR_NONE = frozenset(("padding_idx", "divisor_override", "eps", "scales", "ignore_index"))
+
+
+def _check_kinds(attrs: Attrs) -> None:
+    """Raise TypeRuleError if an attribute that holds numbers everywhere holds something else."""
+    for name, value in attrs.items():
+        if name in _INTEGERS:
+            kinds, wanted = (int,), "integers"
+        elif name in _NUMBERS:
+            kinds, wanted = (int, float), "numbers"
+        else:
+            continue
+        if value is None and name in _OR_NONE:
+            continue
+        if type(value) is str and name == "padding":  # of convolutions written as torch has them: same, valid
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            require(type(item) in kinds, f"{name} holds {wanted}, got {value!r}")
 
 
 PLACED = ("call", "transfer")

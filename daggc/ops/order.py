@@ -1,8 +1,13 @@
-"""Positions of extrema, and sorting. Where elements tie, the first of them comes first."""
+"""Positions of extrema, and sorting. Where elements tie, the first of them comes first.
+
+``stable=False`` of a sort and ``sorted=False`` of a topk leave more orders open, of which the interpreter takes this
+one and generated code the one that torch takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +112,8 @@ def _infer_sort(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
     (x,), dim = inputs, attrs["dim"]
     require(0 <= dim < x.rank, f"dim must be an axis of {x}, got {dim}")
     require(not x.is_complex, f"numbers that have an order are required, got {x}")
+    for name in ("stable", "sorted"):
+        require(isinstance(attrs.get(name, True), bool), f"{name} must be a bool, got {attrs.get(name)!r}")
     return x, x.with_(dtype="i64")
 
 
@@ -154,24 +161,32 @@ def _sort_cost(node: Node) -> Cost:
 
 def _lower_topk(node: Node, args: Sequence[str]) -> str:
     attrs = node.attrs
-    return f"torch.topk({args[0]}, {attrs['k']}, dim={attrs['dim']}, largest={attrs['largest']}, sorted=True)"
+    options = f"largest={attrs['largest']}, sorted={attrs.get('sorted', True)}"
+    return f"torch.topk({args[0]}, {attrs['k']}, dim={attrs['dim']}, {options})"
+
+
+def _lower_sort(node: Node, args: Sequence[str]) -> str:
+    attrs = node.attrs
+    options = f"descending={attrs['descending']}, stable={attrs.get('stable', True)}"
+    return f"torch.sort({args[0]}, dim={attrs['dim']}, {options})"
 
 
 def _import_topk(
     b: Builder, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Value, ...]:
-    """Always sorted: one of the orders that ``sorted=False`` allows."""
     if not x.type.rank:
         require(k in (0, 1), f"k must be at most 1 for {x.type}, got {k}")
         values, indices = b.emit_many("topk", reshape(b, x, (1,)), k=k, dim=0, largest=largest)
         return (reshape(b, values, ()), reshape(b, indices, ())) if k else (values, indices)
-    return b.emit_many("topk", x, k=k, dim=norm_dim(dim, x.type.rank), largest=largest)
+    order: dict[str, Any] = {} if sorted else {"sorted": False}
+    return b.emit_many("topk", x, k=k, dim=norm_dim(dim, x.type.rank), largest=largest, **order)
 
 
-def _sort(b: Builder, x: Value, dim: int, descending: bool) -> tuple[Value, ...]:
+def _sort(b: Builder, x: Value, dim: int, descending: bool, stable: bool | None = False) -> tuple[Value, ...]:
     if not x.type.rank:
         return x, b.emit("full", value=0, shape=(), dtype="i64")
-    return b.emit_many("sort", x, dim=norm_dim(dim, x.type.rank), descending=descending)
+    order: dict[str, Any] = {} if stable else {"stable": False}
+    return b.emit_many("sort", x, dim=norm_dim(dim, x.type.rank), descending=descending, **order)
 
 
 def _import_sort(b: Builder, x: Value, dim: int = -1, descending: bool = False) -> tuple[Value, ...]:
@@ -181,7 +196,7 @@ def _import_sort(b: Builder, x: Value, dim: int = -1, descending: bool = False) 
 def _import_stable_sort(
     b: Builder, x: Value, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[Value, ...]:
-    return _sort(b, x, dim, descending)
+    return _sort(b, x, dim, descending, stable)
 
 
 def _second(importer: Callable[..., tuple[Value, ...]]) -> Importer:
@@ -196,9 +211,7 @@ register(
         vjp=selected_vjp,
         cost=_sort_cost,
         axes=axes_but_dim,
-        lower=lambda node, args: (
-            f"torch.sort({args[0]}, dim={node.attrs['dim']}, descending={node.attrs['descending']}, stable=True)"
-        ),
+        lower=_lower_sort,
         aten={
             "sort.default": _import_sort,
             "sort.stable": _import_stable_sort,

@@ -9,6 +9,7 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ops.activation import mask, ones, plus, register_pair
 from daggc.ops.build import Operand, broadcast, broadcast_together, cast, mul, reshape, result_dtype, scale
+from daggc.ops.elementwise import where_zero
 
 _SIXTH = float(np.float32(1 / 6))  # hardsigmoid_backward of torch has this constant in f32, for f64 too
 
@@ -32,7 +33,7 @@ def _import_prelu(b: Builder, x: Value, weight: Value) -> Value:
 def _import_clamp(b: Builder, x: Value, low: Operand | None = None, high: Operand | None = None) -> Value:
     """Bounds that are numbers or tensors; the cotangent at a bound goes to x, as in torch.
 
-    A lower bound that is not below the upper one has no cotangent, nor has a bound that is nan.
+    A lower bound that is not below the upper one has no cotangent, nor has what is nan.
     """
     bounds = [bound for bound in (low, high) if bound is not None]
     x = cast(b, x, result_dtype(x, *bounds))
@@ -44,13 +45,20 @@ def _import_clamp(b: Builder, x: Value, low: Operand | None = None, high: Operan
         if isinstance(bound, Value):
             # maximum and minimum would share the cotangent of ties in halves, which clamp does not.
             bound, x = broadcast_together(b, cast(b, bound, x.type.dtype), x)
-            x = b.emit("where", b.emit(relation, x, bound), bound, x)
+            chosen = b.emit("where", b.emit(relation, x, bound), bound, x)
             if x.type.is_float:
-                number = b.emit("logical_not", b.emit("isnan", bound))
-                x = b.emit("where_scalar", number, x, value=float("nan"))
+                nan = b.emit("logical_or", b.emit("isnan", x), b.emit("isnan", bound))
+                chosen = b.emit("where_scalar", b.emit("logical_not", nan), chosen, value=float("nan"))
+            x = chosen
         elif bound is not None:
             x = b.emit(scalar_op, x, value=bound)
     return x
+
+
+def _import_hardtanh(b: Builder, x: Value, low: float = -1.0, high: float = 1.0) -> Value:
+    if x.type.is_float:
+        return b.emit("hardtanh", x, min_val=float(low), max_val=float(high))
+    return _import_clamp(b, x, int(low), int(high))
 
 
 def _import_clamp_max(b: Builder, x: Value, high: Operand) -> Value:
@@ -86,6 +94,22 @@ def _celu_slope_ir(b: Builder, node: Node, x: Value) -> Value:
     return b.emit("where", b.emit("le_scalar", x, value=0.0), scale(b, exponential, alpha * inverse), ones(b, x))
 
 
+def _exponential_curvature(b: Builder, x: Value, inner: float, factor: float) -> Value:
+    """``factor * exp(inner x)`` below zero; at zero the slope is that from below, its slope that from above."""
+    exponential = b.emit("exp", scale(b, b.emit("minimum_scalar", x, value=0.0), inner))
+    return where_zero(b, b.emit("lt_scalar", x, value=0.0), scale(b, exponential, factor))
+
+
+def _elu_curvature_ir(b: Builder, node: Node, x: Value) -> Value:
+    alpha, outer, inner = (node.attrs[name] for name in ("alpha", "scale", "input_scale"))
+    return _exponential_curvature(b, x, inner, alpha * outer * inner * inner)
+
+
+def _celu_curvature_ir(b: Builder, node: Node, x: Value) -> Value:
+    alpha, inverse = node.attrs["alpha"], _inverse(node.attrs)
+    return _exponential_curvature(b, x, inverse, alpha * inverse * inverse)
+
+
 def _leaky_slope_ir(b: Builder, node: Node, x: Value) -> Value:
     one = ones(b, x)
     return b.emit("where", b.emit("gt_scalar", x, value=0.0), one, scale(b, one, node.attrs["negative_slope"]))
@@ -107,6 +131,7 @@ register_pair(
     "torch.ops.aten.elu({0}, {alpha}, {scale}, {input_scale})",
     "torch.ops.aten.elu_backward({0}, {alpha}, {scale}, {input_scale}, False, {1})",
     slope_ir=_elu_slope_ir,
+    curvature_ir=_elu_curvature_ir,
     defaults={"alpha": 1.0, "scale": 1.0, "input_scale": 1.0},
     others=({"alpha": 0.7, "scale": 1.5, "input_scale": 2.0},),
     domain="nonzero",
@@ -123,6 +148,7 @@ register_pair(
     "torch.nn.functional.celu({0}, {alpha})",
     "kernels.celu_backward({0}, {1}, {alpha})",
     slope_ir=_celu_slope_ir,
+    curvature_ir=_celu_curvature_ir,
     defaults={"alpha": 1.0},
     others=({"alpha": 0.7},),
     domain="nonzero",
@@ -149,7 +175,8 @@ register_pair(
     defaults={"min_val": -1.0, "max_val": 1.0},
     flops=2,
     aten={
-        "relu6.default": lambda b, x: b.emit("hardtanh", x, min_val=0.0, max_val=6.0),
+        "hardtanh.default": _import_hardtanh,
+        "relu6.default": lambda b, x: _import_hardtanh(b, x, 0.0, 6.0),
         **dict.fromkeys(("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor"), _import_clamp),
         **dict.fromkeys(("clamp_max.default", "clamp_max.Tensor"), _import_clamp_max),
     },

@@ -15,7 +15,6 @@ from daggc.ops.build import (
     broadcast,
     broadcast_together,
     cast,
-    conj,
     full,
     kind,
     mul,
@@ -24,7 +23,6 @@ from daggc.ops.build import (
     reshape,
     sub,
     sum_dims,
-    transpose,
 )
 from daggc.ops.concat import concat
 from daggc.ops.matrices import constant_indices
@@ -161,21 +159,3 @@ def import_triangle_indices(upper: bool):
         return cast(b, constant_indices(b, places), dtype or "i64")
 
     return importer
-
-
-def import_cov(
-    b: Builder, x: Value, *, correction: int = 1, fweights: Value | None = None, aweights: Value | None = None
-) -> Value:
-    """The covariance of the rows of a matrix (or of one row)."""
-    if fweights is not None:
-        raise NotImplementedError("torch checks the weights' signs, which depends on data")
-    if aweights is not None:
-        raise NotImplementedError("torch checks the weights' signs, which depends on data")
-    rows = reshape(b, x, (1, x.type.numel)) if x.type.rank < 2 else x
-    rows = cast(b, rows, rows.type.dtype if rows.type.differentiable else "f32")
-    count = rows.type.shape[1]
-    mean = b.emit("mean", rows, dims=(1,), keepdim=True)
-    centred = sub(b, rows, broadcast(b, mean, rows.type.shape))
-    product = b.emit("matmul", centred, conj(b, transpose(b, centred)))
-    result = b.emit("div_scalar", product, value=max(0, count - correction))
-    return reshape(b, result, ()) if x.type.rank < 2 else result

@@ -46,7 +46,7 @@ def import_quantile(skip_nan: bool) -> Importer:
 def _of_rows(b: Builder, rows: Value, levels: Value, interpolation: str, skip_nan: bool) -> Value:
     """Of ``[n, size]`` numbers, the quantiles ``[n, levels]``; as torch orders the steps."""
     (n, size), dtype = rows.type.shape, rows.type.dtype
-    ordered = b.emit_many("sort", rows, dim=1, descending=False)[0]
+    ordered = b.emit_many("sort", rows, dim=1, descending=False, stable=False)[0]  # as torch
     shape = (n, levels.type.numel)
     levels = broadcast(b, levels, shape)
     nan = b.emit("isnan", ordered)

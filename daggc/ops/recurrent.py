@@ -48,7 +48,9 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     require(h.rank == 2 and h.shape[0] == x.shape[1], f"a state [N, P] for each sequence is required, got {h}")
     size = inputs[2].shape[1] if lstm else h.shape[1]
     gates, (batch, out) = GATES[cell] * size, h.shape
-    require(attrs["projected"] or size == out, f"states of one size are required, got {out} and {size}")
+    fits = out < size if attrs["projected"] else out == size
+    require(fits, f"states of one size, or projected to a smaller one, are required, got {out} and {size}")
+    require(not attrs["projected"] or out < size, f"a projection to fewer numbers than {size} is required, got {out}")
     shapes = [(batch, size)] if lstm else []
     shapes += [(gates, x.shape[2]), (gates, out)]
     shapes += [(gates,), (gates,)] if attrs["bias"] else []

@@ -126,9 +126,7 @@ class StepCotangents:
     projected: Value | None = None
 
 
-def step_backward(
-    b: Builder, cell: str, ct: Value, ct_c: Value | None, made: Step, weights: Weights
-) -> StepCotangents:
+def step_backward(b: Builder, cell: str, ct: Value, ct_c: Value | None, made: Step, weights: Weights) -> StepCotangents:
     """From cotangents of the new h (and c) to those of what the step read."""
     if cell in ("tanh", "relu"):
         (y,) = made.gates

@@ -21,6 +21,7 @@ from daggc.ops.build import (
     broadcast,
     broadcast_together,
     cast,
+    full,
     kind,
     mul,
     norm_dims,
@@ -330,11 +331,17 @@ def _variance(node: Node, x: np.ndarray) -> np.ndarray:
 
 
 def _var_vjp(b: Builder, node: Node, ct: Value) -> Value:
-    """``2 (x - mean) ct / (n - correction)``."""
-    (x,) = node.inputs
+    """``2 (x - mean) ct / (n - correction)``.
+
+    Without freedom left, over all axes, torch has infinities, and NaN where an element is the mean.
+    """
+    (x,), dims = node.inputs, node.attrs["dims"]
     freedom = _count(node) - node.attrs["correction"]
-    mean = reduce(b, "mean", x, node.attrs["dims"], True) if node.attrs["dims"] else x
-    deviation = sub(b, x, broadcast(b, mean, x.type.shape))
+    mean = broadcast(b, reduce(b, "mean", x, dims, True) if dims else x, x.type.shape)
+    if freedom <= 0 and len(dims) == x.type.rank:
+        infinite = full(b, math.inf, x.type.shape, x.type.dtype)
+        return mul(b, spread(b, node, ct), b.emit("where_scalar", b.emit("ne", x, mean), infinite, value=math.nan))
+    deviation = sub(b, x, mean)
     return mul(b, spread(b, node, scale(b, ct, 2 / freedom if freedom else math.inf)), deviation)
 
 
@@ -433,7 +440,7 @@ for _op, _function in (("any", np.any), ("all", np.all)):
 
 def _logsumexp(node: Node, x: np.ndarray) -> np.ndarray:
     dims, keepdim = node.attrs["dims"], node.attrs["keepdim"]
-    top = np.max(x, axis=dims, keepdims=True)
+    top = np.max(x, axis=dims, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0)
     total = np.log(np.sum(np.exp(x - top), axis=dims, keepdims=True)) + top
     return total if keepdim else total.reshape(node.output.type.shape)

@@ -17,6 +17,7 @@ from daggc.ir.types import TensorType
 from daggc.ops.build import Scalar, broadcast, cast, full, kind, mul, norm_dim, reshape, zeros_like
 from daggc.ops.indexing import bounded, emit_scatter, infer_scatter
 from daggc.ops.opdef import Arg, OpDef, Sample, elementwise_cost, register, require, t, upcast
+from daggc.ops.segments import import_segment_reduce
 from daggc.ops.shape import Cotangents
 from daggc.ops.slicing import axes_but_dim
 
@@ -189,6 +190,7 @@ register(
         aten={
             "scatter_reduce.two": _import_scatter_reduce,
             "index_reduce.default": _import_index_reduce,
+            "segment_reduce.default": import_segment_reduce,
             "scatter.reduce": _import_scatter_with_reduce,
             "scatter.value_reduce": _import_scatter_with_reduce,
         },

@@ -28,6 +28,7 @@ from daggc.ops.opdef import (
     whole,
 )
 from daggc.ops.order import wide
+from daggc.ops.segments import import_repeat_interleave, import_repeats
 
 # --- searchsorted -------------------------------------------------------------------------------------
 
@@ -98,6 +99,8 @@ register(
             **dict.fromkeys(("searchsorted.Tensor", "searchsorted.Scalar"), _import_searchsorted),
             **dict.fromkeys(("bucketize.Tensor", "bucketize.Scalar"), _import_bucketize),
             "histc.default": import_histc,
+            "repeat_interleave.Tensor": import_repeats,
+            "repeat_interleave.self_Tensor": import_repeat_interleave,
             **dict.fromkeys(("histogram.bin_ct", "histogram.bins_tensor"), import_histogram),
             **{f"histogramdd.{form}": import_histogramdd for form in ("default", "int_bins", "TensorList_bins")},
         },

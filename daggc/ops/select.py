@@ -148,7 +148,7 @@ def _cast_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[V
 def _evaluate_cast(node: Node, x: np.ndarray) -> np.ndarray:
     """Of complex numbers the real part, as torch has it; they are True unless both parts are zero."""
     y = node.output.type
-    return (x if y.is_complex or y.dtype == "bool" else x.real).astype(y.numpy_dtype)
+    return (x if y.is_complex or y.dtype == "bool" else np.real(x)).astype(y.numpy_dtype)
 
 
 def _lower_cast(node: Node, args: Sequence[str]) -> str:

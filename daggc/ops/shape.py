@@ -170,9 +170,14 @@ def _import_copy(b: Builder, x: Value, source: Value, *_args: Any, **_: Any) -> 
 
 
 def _import_fill(b: Builder, x: Value, value: Value | float) -> Value:
+    """What is filled has a gradient of zeros, as in torch, unless it was a constant."""
     if isinstance(value, Value):
         return _import_copy(b, x, value)
-    return full(b, value, x.type.shape, x.type.dtype)
+    filled = full(b, value, x.type.shape, x.type.dtype)
+    maker = next((node for node in reversed(b.nodes) if x in node.outputs), None)
+    if not x.type.is_float or (maker is not None and not maker.inputs):
+        return filled
+    return b.emit("where", full(b, True, x.type.shape, "bool"), filled, x)
 
 
 register(

@@ -1,4 +1,4 @@
-"""The window functions of torch that are ATen ops: hann, hamming, blackman, bartlett.
+"""The window functions of torch that are ATen ops: hann, hamming, blackman, bartlett, kaiser.
 
 ``torch.signal.windows`` is Python over simpler ops and needs nothing here.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Value
-from daggc.ops.build import add, full, neg, scale
+from daggc.ops.build import add, full, mul, neg, scale
 from daggc.ops.iota import iota
 from daggc.ops.opdef import Importer, require
 from daggc.ops.slicing import slice_dim
@@ -42,6 +42,13 @@ def _bartlett(b: Builder, index: Value, size: int) -> Value:
     return b.emit("where", early, rising, falling)
 
 
+def _kaiser(b: Builder, index: Value, size: int, beta: float = 12.0) -> Value:
+    place = _plus(b, scale(b, index, 2.0 / (size - 1)), -1.0)
+    arch = b.emit("sqrt", _plus(b, neg(b, mul(b, place, place)), 1.0))
+    top = b.emit("i0", full(b, beta, index.type.shape, index.type.dtype))
+    return b.emit("div", b.emit("i0", scale(b, arch, beta)), top)
+
+
 def _importer(window: Callable[..., Value], has_periodic: bool) -> Importer:
     """A periodic window is one of a point more, without its last."""
 
@@ -67,5 +74,8 @@ for _name, _window in (
 ):
     WINDOW_IMPORTERS[f"{_name}_window.default"] = _importer(_window, has_periodic=False)
     WINDOW_IMPORTERS[f"{_name}_window.periodic"] = _importer(_window, has_periodic=True)
+WINDOW_IMPORTERS["kaiser_window.default"] = _importer(_kaiser, has_periodic=False)
+for _suffix in ("periodic", "beta"):
+    WINDOW_IMPORTERS[f"kaiser_window.{_suffix}"] = _importer(_kaiser, has_periodic=True)
 for _suffix in ("periodic_alpha", "periodic_alpha_beta"):
     WINDOW_IMPORTERS[f"hamming_window.{_suffix}"] = _importer(_hamming(0.54, 0.46), has_periodic=True)

@@ -113,6 +113,8 @@ def pad_dim(b: Builder, x: Value, dim: int, before: int, after: int, value: Scal
 
 def pad_value(x: Value, value: Scalar | None) -> Scalar:
     """The constant (zero by default) as a number of x's kind."""
+    if isinstance(value, complex) and x.type.is_complex:
+        return value
     return {"b": bool, "i": int}.get(kind(x.type.dtype), float)(value or 0)
 
 

@@ -67,13 +67,18 @@ def _axis(node: Node) -> int | None:
     return node.attrs["dim"] if node.output.type.rank else None
 
 
+def _top(node: Node, x: np.ndarray) -> np.ndarray:
+    """The largest number of each row, which may be empty."""
+    return x.max(axis=_axis(node), keepdims=True, initial=-np.inf)
+
+
 def _softmax(node: Node, x: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(x - x.max(axis=_axis(node), keepdims=True))
+    exponentials = np.exp(x - _top(node, x))
     return exponentials / exponentials.sum(axis=_axis(node), keepdims=True)
 
 
 def _log_softmax(node: Node, x: np.ndarray) -> np.ndarray:
-    shifted = x - x.max(axis=_axis(node), keepdims=True)
+    shifted = x - _top(node, x)
     return shifted - np.log(np.exp(shifted).sum(axis=_axis(node), keepdims=True))
 
 

@@ -63,9 +63,29 @@ def _infer_polygamma(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[Tensor
     return of_kinds("f", same_types)(inputs, attrs)
 
 
+def _zeta(x: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Nan at infinite q, as in torch."""
+    return np.where((q == np.inf) & (x > 1), np.nan, special.zeta(x, q))
+
+
+def _trigamma(x: np.ndarray) -> np.ndarray:
+    """Reflected to x >= 1/2, moved up six steps, then by its asymptotic series: torch's, of ten digits."""
+    low = x < 0.5
+    at = np.where(low, 1 - x, x)
+    result = np.where(low, -((np.pi / np.sin(np.pi * x)) ** 2), 0)
+    for _ in range(6):
+        result = result + 1 / (at * at)
+        at = at + 1
+    square = 1 / (at * at)
+    series = (1 + 1 / (2 * at) + square * (1 / 6 - square * (1 / 30 - square / 42))) / at
+    return np.where(low, -1, 1) * (result + series)
+
+
 def _evaluate_polygamma(node: Node, x: np.ndarray) -> np.ndarray:
     n = int(node.attrs["n"])  # pyright: ignore[reportArgumentType]  # _infer_polygamma has checked it
-    return (-1.0) ** (n + 1) * special.gamma(n + 1.0) * special.zeta(n + 1.0, x)
+    if n == 1:
+        return _trigamma(x)
+    return (-1.0) ** (n + 1) * special.gamma(n + 1.0) * _zeta(np.asarray(n + 1.0), x)
 
 
 def _polygamma_rule(b: Builder, node: Node, ct: Value) -> Value:
@@ -150,7 +170,7 @@ register(
 )
 binary(
     "zeta",
-    special.zeta,
+    _zeta,
     _zeta_vjp,
     NOT_DIFFERENTIABLE,
     "torch.special.zeta({0}, {1})",
@@ -185,8 +205,9 @@ for _name, _function, _sign, _alias in (
 # --- error functions and the normal distribution ------------------------------------------------------
 
 
-def _bell(b: Builder, x: Value, factor: float) -> Value:
-    return scale(b, b.emit("exp", neg(b, _square(b, x))), factor)
+def _erfc_rule(b: Builder, node: Node, ct: Value) -> Value:
+    slope = scale(b, b.emit("exp", neg(b, _square(b, node.inputs[0]))), -2 / _ROOT_PI)
+    return mul(b, slope, ct)
 
 
 def _erfinv_rule(b: Builder, node: Node, ct: Value) -> Value:
@@ -210,35 +231,22 @@ def _log_ndtr_rule(b: Builder, node: Node, ct: Value) -> Value:
     return mul(b, b.emit("div_scalar", ct, value=_ROOT_2PI), ratio)
 
 
-for _name, _function, _rule, _lower, _options in (
-    (
-        "erfc",
-        special.erfc,
-        lambda b, n, ct: mul(b, _bell(b, n.inputs[0], -2 / _ROOT_PI), ct),
-        "torch.erfc",
-        {"aten": ("erfc.default", "special_erfc.default")},
-    ),
-    (
-        "erfinv",
-        special.erfinv,
-        _erfinv_rule,
-        "torch.erfinv",
-        {"aten": ("erfinv.default", "special_erfinv.default"), "domain": "unit"},
-    ),
-    ("erfcx", special.erfcx, _erfcx_rule, "torch.special.erfcx", {"aten": ("special_erfcx.default",), "half": False}),
-    (
-        "ndtri",
-        special.ndtri,
-        _ndtri_rule,
-        "torch.special.ndtri",
-        {"aten": ("special_ndtri.default",), "half": False, "domain": "unit"},
-    ),
-    (
-        "log_ndtr",
-        special.log_ndtr,
-        _log_ndtr_rule,
-        "torch.special.log_ndtr",
-        {"aten": ("special_log_ndtr.default",), "half": False},
-    ),
+for _name, _function, _rule, _domain, _half, _aten in (
+    ("erfc", special.erfc, _erfc_rule, "real", True, ("erfc.default", "special_erfc.default")),
+    ("erfinv", special.erfinv, _erfinv_rule, "unit", True, ("erfinv.default", "special_erfinv.default")),
+    ("erfcx", special.erfcx, _erfcx_rule, "real", False, ("special_erfcx.default",)),
+    ("ndtri", special.ndtri, _ndtri_rule, "unit", False, ("special_ndtri.default",)),
+    ("log_ndtr", special.log_ndtr, _log_ndtr_rule, "real", False, ("special_log_ndtr.default",)),
 ):
-    unary(_name, _function, _rule, _lower, flops=20, kinds="f", shapes=((3, 4),), **_options)
+    unary(
+        _name,
+        _function,
+        _rule,
+        f"torch.special.{_name}",
+        flops=20,
+        domain=_domain,
+        kinds="f",
+        half=_half,
+        aten=_aten,
+        shapes=((3, 4),),
+    )

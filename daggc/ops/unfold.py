@@ -19,7 +19,6 @@ from daggc.ops.build import reshape
 from daggc.ops.opdef import (
     VJP,
     Axes,
-    Evaluate,
     Importer,
     Infer,
     OpDef,
@@ -152,7 +151,7 @@ def _columns_shape(shape: tuple[int, ...], attrs: dict[str, Attr]) -> tuple[int,
 def _register(
     name: str,
     infer: Infer,
-    evaluate: Evaluate,
+    evaluate: Callable[..., np.ndarray],
     vjp: VJP,
     lower: Callable[[Node, Sequence[str]], str],
     aten: dict[str, Importer],

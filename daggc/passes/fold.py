@@ -20,7 +20,22 @@ _LIMIT = 64  # elements; larger constants are cheaper to compute than to ship
 _EXACT = frozenset(
     (
         *("cast", "reshape", "permute", "slice", "concat", "broadcast", "where", "where_scalar"),
-        *("neg", "abs", "conj", "real", "imag", "complex", "add", "sub", "mul", "div", "add_scalar", "sub_scalar", "mul_scalar", "div_scalar"),
+        *(
+            "neg",
+            "abs",
+            "conj",
+            "real",
+            "imag",
+            "complex",
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "add_scalar",
+            "sub_scalar",
+            "mul_scalar",
+            "div_scalar",
+        ),
     )
 )
 _OPAQUE = ("python.call", "torch.call", "call", "transfer")

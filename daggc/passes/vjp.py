@@ -25,7 +25,7 @@ from daggc.passes.dce import eliminate, live_nodes
 from daggc.passes.manager import Pass, register_pass, same_ports
 from daggc.passes.split import join, split
 
-DIFFERENTIATED_OUTPUTS = ("output", "grad")
+DIFFERENTIATED_OUTPUTS = ("output", "grad", "input", "attribute")
 WRT = {
     "all": ("param", "input", "cotangent"),
     "params": ("param",),
@@ -125,8 +125,25 @@ def _active_values(nodes: Sequence[Node], roots: set[str]) -> set[str]:
         if REGISTRY[node.op].vjp is NOT_DIFFERENTIABLE:
             continue
         if any(value.name in active for value in node.inputs):
-            active.update(value.name for value in node.outputs if value.type.differentiable)
+            outputs = _active_outputs(node, active) if node.attrs.graphs else node.outputs
+            active.update(value.name for value in outputs if value.type.differentiable)
     return active
+
+
+def _active_outputs(node: Node, active: set[str]) -> Sequence[Value]:
+    """The outputs of a node with graphs inside that depend on active inputs there; once round a loop or often."""
+    known = {place for place, value in enumerate(node.inputs) if value.name in active}
+    while True:
+        found: set[int] = set()
+        for graph in node.attrs.graphs:
+            first = len(node.inputs) - len(graph.inputs)  # a predicate comes before what branches read
+            roots = {port.value.name for place, port in enumerate(graph.inputs, first) if place in known}
+            inside = _active_values(graph.nodes, roots)
+            found |= {place for place, port in enumerate(graph.outputs) if port.value.name in inside}
+        carried = {place for place in found if place < node.attrs.get("carries", 0)}
+        if carried <= known:
+            return [node.outputs[place] for place in sorted(found)]
+        known |= carried
 
 
 def _reverse(b: Builder, nodes: Sequence[Node], cotangents: dict[str, Value], active: set[str]) -> None:
@@ -209,26 +226,34 @@ class _Pullbacks:
 
     wanted: Sequence[bool]
 
+    def reached(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> list[int]:
+        _, cotangents = self._reversed(graph, wrt, given)
+        return [index for index in wrt if graph.inputs[index].value.name in cotangents]
+
     def __call__(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> Graph:
+        b, cotangents = self._reversed(graph, wrt, given)
+        for place, index in enumerate(wrt):
+            value = graph.inputs[index].value
+            b.output(cotangents.get(value.name) or zeros_like(b, value), "output", str(place))
+        joint = b.build()
+        needed = live_nodes(joint, {port.value.name for port in joint.outputs})  # not what is run for its effects
+        return simplify(replace(joint, nodes=tuple(needed)))
+
+    def _reversed(self, graph: Graph, wrt: Sequence[int], given: Sequence[int]) -> tuple[Builder, dict[str, Value]]:
         b = REGISTRY.builder(graph.name)
         b.reserve(value.name for value in graph.values())
         for port in graph.inputs:
             b.adopt(port)
         for node in graph.nodes:
             b.append(node, node.inputs)
-        roots = [graph.inputs[index].value for index in wrt]
         cotangents: dict[str, Value] = {}
         for index in given:
             value = graph.outputs[index].value
             ct = b.input(value.type, "input", str(b.arity), name=f"ct_{value.name}")
             _accumulate(b, cotangents, value, ct)
-        active = _active_values(graph.nodes, {value.name for value in roots})
+        active = _active_values(graph.nodes, {graph.inputs[index].value.name for index in wrt})
         _reverse(b, [replace(node, origin="") for node in graph.nodes], cotangents, active)
-        for place, value in enumerate(roots):
-            b.output(cotangents.get(value.name) or zeros_like(b, value), "output", str(place))
-        joint = b.build()
-        needed = live_nodes(joint, {port.value.name for port in joint.outputs})  # not what is run for its effects
-        return simplify(replace(joint, nodes=tuple(needed)))
+        return b, cotangents
 
 
 def _accumulate(b: Builder, cotangents: dict[str, Value], primal: Value, ct: Value) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from daggc.frontend.dtypes import TO_TORCH
 from daggc.ir.graph import Program
-from daggc.passes.vjp import counterparts, joined, vjp
+from daggc.passes.dce import eliminate
+from daggc.passes.vjp import counterparts, has_gradient, joined, vjp
 from daggc.runtime.executor import Executor
 
 # (program with @forward only, refs to differentiate with respect to: none for inference, None for all) -> executor
@@ -39,9 +41,17 @@ class Differentiable:
         self.gradient_places = tuple(inputs[input_of[port.ref]] for port in grads)
 
     @cached_property
-    def derivative(self) -> Differentiable:
-        """The program whose forward computes this one's outputs and gradients."""
-        return Differentiable(joined(vjp(self._primal, self._wrt)), None, self._make_executor)
+    def derivative(self) -> Differentiable | None:
+        """The program whose forward computes this one's gradients, and nothing else; None if they are constants.
+
+        With the outputs, it would ask for their cotangents, and where a slope is infinite not even zeros are harmless.
+        """
+        program = vjp(self._primal, self._wrt)
+        gradients = {port.ref for port in program.backward.outputs}
+        joint = joined(program)
+        kept = tuple(port for port in joint.forward.outputs if port.ref in gradients)
+        program = joint.with_graphs(eliminate(replace(joint.forward, outputs=kept)), provenance="gradients")
+        return Differentiable(program, None, self._make_executor) if has_gradient(program, _floats(program)) else None
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs in the order of ``self.outputs``; gradients flow to the inputs."""
@@ -76,14 +86,11 @@ class _Run(torch.autograd.Function):
         given = [
             _zeros(type_, inputs) if (ct := cotangents[place]) is None else ct for place, type_ in function.cotangents
         ]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are themselves differentiable
-            derivative = function.derivative
+        derivative = function.derivative if torch.is_grad_enabled() else None
+        if derivative is not None:  # create_graph=True: the gradients are themselves differentiable
             results = derivative(_with_cotangents(derivative, function, inputs, given))
-            gradients = [
-                result
-                for result, port in zip(results, derivative.outputs, strict=True)
-                if port.ref in {p.ref for p in function.program.backward.outputs}
-            ]
+            by_ref = {port.ref: result for result, port in zip(results, derivative.outputs, strict=True)}
+            gradients = [by_ref[port.ref] for port in function.program.backward.outputs]
         else:
             handle = residuals if ctx.handle is None else ctx.handle
             gradients = function.executor.backward(handle, inputs, given)
@@ -98,6 +105,12 @@ def _with_cotangents(
     known = {port.ref: x for port, x in zip(function.program.forward.inputs, inputs, strict=True)}
     rest = iter(given)
     return [known[p.ref] if p.ref in known else next(rest) for p in derivative.program.forward.inputs]
+
+
+def _floats(program: Program) -> list[str]:
+    """The inputs that a derivative is taken by: parameters, inputs, cotangents."""
+    ports = program.forward.inputs_of("param", "input", "cotangent")
+    return [port.ref for port in ports if port.value.type.differentiable]
 
 
 def _zeros(type_: Any, like: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -29,6 +29,7 @@ from daggc.runtime.executor import Tensors, places_of_reads
 from daggc.runtime.pool import Pool
 from daggc.runtime.worker import know, run_task, unknow
 
+RESULTS = ("output", "buffer", "grad", "input", "attribute")  # kinds of outputs that come back from the workers
 HELD = ("param", "buffer", "constant")  # inputs that are the model's: shipped when they change
 
 
@@ -125,7 +126,7 @@ class DaskExecutor:
         assert self.pool is not None, "without workers the local executor runs"
         token = new_token()
         emission, sources = self.forward_tasks(inputs, token)
-        wanted = add_collection(emission, self.program.forward, ("output", "buffer", "grad"), token)
+        wanted = add_collection(emission, self.program.forward, RESULTS, token)
         kept = [key for key in emission.tasks if key in emission.calls or key.startswith("daggc.in-")]
         collectors = sorted({found.key for found in wanted.values()})
         futures = self.pool.submit(emission, [*collectors, *kept])

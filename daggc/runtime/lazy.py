@@ -29,6 +29,7 @@ def lazy_call(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, 
     with torch.no_grad():
         entry = module.entry(leaves, spec)
         inputs = module.inputs(entry, leaves)
+    _refuse_writes(entry)
     executor = _dask_executor(entry)
     emission, _ = executor.forward_tasks(inputs, new_token(), freeze=True)
     return _result_thunk(entry, executor, emission)
@@ -43,10 +44,18 @@ def lazy_vjp(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, A
     if entry.function is None:
         raise DifferentiationError("no result of the model depends differentiably on its parameters or inputs")
     inputs = module.inputs(entry, leaves)
+    _refuse_writes(entry)
     executor = _dask_executor(entry)
     emission, sources = executor.forward_tasks(inputs, new_token(), freeze=True)
     result = _result_thunk(entry, executor, emission)
     return result, partial(_pull_back, entry, executor, emission, sources | emission.outputs, result.keep)
+
+
+def _refuse_writes(entry: Entry) -> None:
+    """A lazy run is over when nobody waits for it: it cannot write to what it was given."""
+    written = entry.program.forward.outputs_of("input")
+    if written:
+        raise RunError(f"forward writes to its argument {written[0].target!r}, which a lazy call would not; clone it")
 
 
 def _pull_back(

@@ -79,14 +79,15 @@ class CompiledModule(nn.Module):
             raise CaptureError(f"daggc.compile takes a torch.nn.Module, got a {type(model).__name__}")
         super().__init__()
         object.__setattr__(self, "model", model)  # not a submodule: names stay the model's own
+        # Set before the tables are shared: a submodule of one of these names would be lost.
+        self._pool = pool
+        self._make_executor = make_executor
+        self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._parameters = model._parameters
         self._buffers = model._buffers
         self._modules = model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
-        self.pool = pool
-        self._make_executor = make_executor
-        self._entries: OrderedDict[Any, Entry] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the model itself (``config``, say) are found here too."""
@@ -99,7 +100,7 @@ class CompiledModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """A copy of the model, compiled for the same place, nothing captured yet."""
-        return CompiledModule(copy.deepcopy(self.model, memo), self._make_executor, self.pool)
+        return CompiledModule(copy.deepcopy(self.model, memo), self._make_executor, self._pool)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RunError("a compiled module cannot be pickled; pickle its .model or its state_dict()")
@@ -111,10 +112,11 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = flatten((args, kwargs))
+        _refuse_shared_memory(leaves, self.entry(leaves, spec))
         entry, results = self._run(leaves, spec)
         for (path, name), value in entry.captured.assigned.items():
             setattr(self.model.get_submodule(path), name, value)
-        return entry.out_spec.rebuild(iter(self.store_buffers(entry, results)))
+        return entry.out_spec.rebuild(iter(self.store(entry, results, leaves)))
 
     def _run(self, leaves: Sequence[torch.Tensor], spec: Spec) -> tuple[Entry, Sequence[torch.Tensor]]:
         """Run the captured program for these arguments; another one if the model's Python now decides otherwise."""
@@ -165,6 +167,7 @@ class CompiledModule(nn.Module):
         """What decides which program runs: a call that differs in it is captured anew."""
         return (
             str(spec.tree),
+            spec.fixed,
             tuple((leaf.dtype, leaf.shape, leaf.layout) for leaf in leaves),
             _wants(leaves),
             torch.is_grad_enabled(),
@@ -206,7 +209,8 @@ class CompiledModule(nn.Module):
     def lazy(self, *args: Any, **kwargs: Any) -> Thunk:
         """The model's result as a Dask collection: nothing runs until ``compute`` or ``persist``.
 
-        Changes of buffers (batch norm's statistics) are not written back to the model.
+        Changes of buffers (batch norm's statistics) are not written back to the model, and tensors that forward
+        keeps in attributes are not set.
         """
         return lazy_call(self, args, kwargs)
 
@@ -263,7 +267,7 @@ class CompiledModule(nn.Module):
             self.model,
             loss_fn,
             optimizer,
-            self.pool,
+            self._pool,
             microbatches=microbatches,
             schedule=schedule,
             max_grad_norm=max_grad_norm,
@@ -278,30 +282,47 @@ class CompiledModule(nn.Module):
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of ``@forward``'s ports: live parameters and buffers, the user's inputs, a fresh key."""
         given = iter(leaves)
-        changed = {port.target for port in entry.program.forward.outputs_of("buffer")}
+        changed = {port.ref for port in entry.program.forward.outputs_of("buffer", "input")}
         tensors: list[torch.Tensor] = []
         for port, fetch in zip(entry.ports, entry.fetch, strict=True):
             if port.kind == "key":
                 tensors.append(random_key())
-            elif fetch is None:
-                tensors.append(next(given))
-            elif port.kind == "buffer" and port.target in changed:
-                tensors.append(fetch().clone())  # it is written to after the run; backward sees it as it was
-            else:
-                tensors.append(fetch())
+                continue
+            tensor = next(given) if fetch is None else fetch()
+            # What is written to after the run, the backward sees as it was.
+            tensors.append(tensor.clone() if port.ref in changed else tensor)
         return tensors
 
-    def store_buffers(self, entry: Entry, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Write changed buffers back into the model; returns the other results."""
-        outputs = [port for port in entry.program.forward.outputs if port.kind != "residual"]
-        rest: list[torch.Tensor] = []
+    def store(
+        self, entry: Entry, results: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Leave on the model and in its arguments what a call leaves there; returns the results proper."""
+        forward = entry.program.forward
+        by_ref = dict(zip((port.ref for port in forward.inputs_of("input")), leaves, strict=True))
+        found: dict[str, list[torch.Tensor]] = {}
+        written: dict[str, torch.Tensor] = {}
+        outputs = [port for port in forward.outputs if port.kind != "residual"]
         for port, result in zip(outputs, results, strict=True):
             if port.kind == "buffer":
                 with torch.no_grad():
                     self.model.get_buffer(port.target).copy_(result)
+            elif port.kind == "input":
+                written[port.value.name] = by_ref[port.ref].copy_(result)
             else:
-                rest.append(result)
-        return rest
+                found.setdefault(port.kind, []).append(result)
+        kept = iter(found.get("attribute", ()))
+        for (path, name), spec in entry.captured.kept.items():
+            setattr(self.model.get_submodule(path), name, spec.rebuild(kept))
+        proper = zip(forward.outputs_of("output"), found.get("output", ()), strict=True)
+        return [written.get(port.value.name, result) for port, result in proper]
+
+
+def _refuse_shared_memory(leaves: Sequence[torch.Tensor], entry: Entry) -> None:
+    """A write to an argument is seen by no other: raises RunError if eager's would be."""
+    if entry.program.forward.outputs_of("input"):
+        storages = [leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.numel()]
+        if len(set(storages)) < len(storages):
+            raise RunError("forward writes to an argument, and two arguments share memory; clone one of them")
 
 
 def _wants(leaves: Sequence[torch.Tensor]) -> tuple[bool, ...]:

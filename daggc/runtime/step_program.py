@@ -53,6 +53,7 @@ class StepProgram:
         exactness: why microbatches add up to the batch, or why it was not cut; None if one was asked for.
         sizes: samples of each microbatch.
         constants: tensors of ``constant`` ports, by ref.
+        assigned: the plain values that each step sets attributes of the model to, by module path and name.
     """
 
     step: Step
@@ -60,6 +61,7 @@ class StepProgram:
     exactness: Microbatched | None
     sizes: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
+    assigned: Mapping[tuple[str, str], Any]
 
     @cached_property
     def layout(self) -> tuple[tuple[str, str, int], ...]:
@@ -129,7 +131,7 @@ class StepBuilder:
             donate=True,
         )
         held = {f"constant:{name}": tensor for name, tensor in captured.constants.items()}
-        return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held)
+        return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held, captured.assigned)
 
     def _analyse(self, batch: Batch, sizes: Sequence[int]) -> _Analysis:
         """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
@@ -179,7 +181,9 @@ class StepBuilder:
         return [port.ref for port in forward.inputs_of("param") if port.target in trainable]
 
     def _forward(self, batch: Batch, size: int) -> Graph:
-        return run(self._capture(batch, size).program, pipeline(_SIMPLIFY)).forward
+        # What is inside a checkpoint the analysis cannot cut; microbatches save memory in its stead.
+        first = "uncheckpoint," if self.options.microbatches > 1 else ""
+        return run(self._capture(batch, size).program, pipeline(first + _SIMPLIFY)).forward
 
     def _capture(self, batch: Batch, size: int) -> Capture:
         key = (batch.signature(), size, modes_of(self.model))
@@ -188,6 +192,12 @@ class StepBuilder:
             captured = capture(self.model, args, kwargs, self.call)
             if len(captured.program.forward.outputs_of("output")) != 1:
                 raise CaptureError("a training step captures one loss")
+            left = captured.program.forward.outputs_of("input", "attribute")
+            if left:
+                raise CaptureError(
+                    f"forward leaves a tensor in {'an argument' if left[0].kind == 'input' else 'an attribute'} "
+                    f"({left[0].target!r}), which a training step would not; return it, or make it a buffer"
+                )
             self._captures[key] = captured
         return self._captures[key]
 

@@ -116,6 +116,8 @@ class TrainStep:
         version = self.steps
         pending = self._home.submit(program.step.program, inputs)
         self._counts.add(version, program.updated)
+        for (path, name), value in program.assigned.items():
+            setattr(self.model.get_submodule(path), name, value)
         self._current = program
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
         return LazyLoss(pending)

@@ -95,7 +95,7 @@ def shrink(
     numbers: Sequence[int],
     fails: Callable[[Sequence[int]], bool],
     seconds: float = 60,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = time.process_time,
 ) -> list[int]:
     """A shorter, smaller list of choices that still fails.
 
@@ -104,6 +104,7 @@ def shrink(
     Args:
         numbers: choices for which ``fails`` holds.
         fails: whether the program that these choices make still has the failure looked for.
+        seconds: of CPU time that this may take, by ``clock``.
     """
     best, end = list(numbers), clock() + seconds
 

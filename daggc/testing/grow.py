@@ -20,7 +20,13 @@ from daggc.testing.likeness import Likeness
 from daggc.testing.samples import OpSample
 
 _LIMIT = 4.0  # larger numbers are scaled down before they are read again
-_FRESH_ONLY = ("key", "count", "regular", "hermitian", "triangular")  # too particular to be made of other values, or to be read as others
+_FRESH_ONLY = (
+    "key",
+    "count",
+    "regular",
+    "hermitian",
+    "triangular",
+)  # too particular to be made of other values, or to be read as others
 _MAX_OUTPUTS = 3
 _OF_REALS = ("positive", "unit", "large", "nonzero", "distinct")  # domains that a remainder does not lead to
 _RECENT = 5
@@ -87,7 +93,9 @@ class Grower:
         if not self._pool:
             return None
         count = min(_RECENT, len(self._pool))
-        value = self._pool[-1 - min(self.choices.below(count), self.choices.below(count))]  # the last ones the likeliest
+        value = self._pool[
+            -1 - min(self.choices.below(count), self.choices.below(count))
+        ]  # the last ones the likeliest
         return value, self._makers.get(value.name, "")
 
     def finish(self) -> None:

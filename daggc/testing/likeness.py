@@ -51,7 +51,9 @@ class Likeness:
         for graph in graphs:
             makers = {value.name: node.op for node in graph.nodes for value in node.outputs}
             counts.update(
-                (makers.get(value.name, ""), node.op, at) for node in graph.nodes for at, value in enumerate(node.inputs)
+                (makers.get(value.name, ""), node.op, at)
+                for node in graph.nodes
+                for at, value in enumerate(node.inputs)
             )
         return cls(dict(sorted(counts.items())))
 

@@ -49,9 +49,12 @@ def with_dtype(sample: OpSample, dtype: str, ops: Registry = REGISTRY) -> OpSamp
 def has_true_derivative(sample: OpSample) -> bool:
     """Whether the VJP is the derivative of the value: it is not where a model asks for zero instead.
 
-    Nor is that of ``ctc_loss``, which is one of scores before a log_softmax.
+    Nor is that of ``ctc_loss``, which is one of scores before a log_softmax; ``nextafter`` has none in torch.
     """
-    return sample.op.name not in ("stop_gradient", "ctc_loss") and sample.sample.attrs.get("padding_idx") is None
+    return (
+        sample.op.name not in ("stop_gradient", "ctc_loss", "nextafter")
+        and sample.sample.attrs.get("padding_idx") is None
+    )
 
 
 def sample_graph(sample: OpSample, ops: Registry = REGISTRY) -> Graph:

@@ -234,5 +234,5 @@ def test_lstm_is_refused() -> None:
         with bf16():
             return m.lstm(x)[0]
 
-    with pytest.raises(CaptureError, match="LSTM under torch.autocast.*enabled=False"):
+    with pytest.raises(CaptureError, match=r"LSTM under torch.autocast.*enabled=False"):
         daggc.trace(Model(function), (x(),))

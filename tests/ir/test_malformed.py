@@ -39,7 +39,9 @@ graph @forward(
 }
 """
 _TOKENS = re.compile(r"\s+|[\w.%@!]+|.", re.DOTALL)
+_COMPLEX = '  %w: c64[2] = full() {dtype="c64", shape=[2], value=complex<1.0, -2.5>}\n'
 _JUNK = (
+    "complex<",
     "%",
     "@x",
     "1e999",
@@ -107,7 +109,7 @@ def test_mutated_texts(program: Program, seed: int):
 def test_mutated_texts_of_every_syntax(seed: int):
     rng = random.Random(seed)
     for _ in range(40):
-        reads_or_refuses(mutate(_TOKENS.findall(GOOD), rng))
+        reads_or_refuses(mutate(_TOKENS.findall(GOOD.replace("  %y: ", f"{_COMPLEX}  %y: ")), rng))
         reads_or_refuses(mutate(list(GOOD), rng))
 
 
@@ -144,6 +146,7 @@ _JSON_JUNK = (
     {},
     {"dense": ["f32[2]", "00"]},
     {"float": "x"},
+    {"complex": ["1.0"]},
     {"const": 1},
 )
 

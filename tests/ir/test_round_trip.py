@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 
 import numpy as np
@@ -39,7 +40,15 @@ def _dense(draw: st.DrawFn) -> Dense:
 
 
 _atoms = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.sampled_from((math.inf, -math.inf)), _dense()
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.sampled_from((math.inf, -math.inf)),
+    st.complex_numbers(),
+    st.sampled_from((complex(0.0, -0.0), complex(math.nan, -math.inf))),
+    _dense(),
 )
 _attrs = st.dictionaries(
     st.from_regex(r"[a-z_][a-z_0-9]{0,8}", fullmatch=True),
@@ -108,6 +117,15 @@ def test_floats_keep_every_bit(value: float):
     ):
         got = program["g"].nodes[0].attrs["v"]
         assert math.isnan(got) if math.isnan(value) else struct.pack("d", got) == struct.pack("d", value)
+
+
+@pytest.mark.parametrize("real", [0.0, -0.0, math.inf, math.nan, 5e-324, -0.1])
+@pytest.mark.parametrize("imag", [0.0, -0.0, -math.inf, math.nan, 1.0])
+def test_complex_numbers_keep_every_bit(real: float, imag: float):
+    original = _one_node(Attrs({"v": complex(real, imag)}))
+    for program in (parse(print_program(original)), from_json(to_json(original)), pickle.loads(pickle.dumps(original))):
+        assert program == original
+        assert repr(program["g"].nodes[0].attrs["v"]) == repr(complex(real, imag))
 
 
 @given(_types)
@@ -179,8 +197,10 @@ def test_equal_structure_whatever_the_names(program: Program):
 
 
 def test_structure_tells_attributes_apart():
-    hashes = {_one_node(Attrs({"v": value}))["g"].structure() for value in (1, 1.0, True, "1", None, (1,), math.nan)}
-    assert len(hashes) == 7
+    hashes = {
+        _one_node(Attrs({"v": value}))["g"].structure() for value in (1, 1.0, 1 + 0j, True, "1", None, (1,), math.nan)
+    }
+    assert len(hashes) == 8
 
 
 @pytest.mark.parametrize("suffix", [".dag", ".json"])

@@ -278,19 +278,25 @@ def _(m: Any, x: Any) -> Any:
     return Shared.apply(x * m.w, 2.0)[0]
 
 
+@equal("tensor kept")
+def _(m: Any, x: Any) -> Any:
+    m.cache = x * m.w
+    return m.cache * 2
+
+
 # Refused
+
+
+@refused("tensor kept and read", "reads the tensor that an earlier call left in the attribute 'cache'")
+def _(m: Any, x: Any) -> Any:
+    m.cache = x * m.w + getattr(m, "cache", 0)
+    return m.cache * 2
 
 
 @refused("counter", "attribute 'calls' .*make it a buffer")
 def _(m: Any, x: Any) -> Any:
     m.calls += 1
     return x * m.w * m.calls
-
-
-@refused("tensor kept", "keeps a tensor in the attribute 'cache'")
-def _(m: Any, x: Any) -> Any:
-    m.cache = x * m.w
-    return m.cache * 2
 
 
 @refused("buffer registered in forward", "create them in __init__")

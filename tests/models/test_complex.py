@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import daggc
+from daggc.errors import CaptureError
 from daggc.ir.printer import print_program
 
 Tensors = Sequence[torch.Tensor]
@@ -38,6 +39,8 @@ class FourierLayer(nn.Module):
 
 class Rotary(nn.Module):
     """Attention with rotary positions as products of complex numbers, the way Llama's first code has them."""
+
+    angles: torch.Tensor
 
     def __init__(self, width: int = 8, heads: int = 2, length: int = 5) -> None:
         super().__init__()
@@ -171,3 +174,34 @@ def test_complex_parameters_train():
             losses.append(float(loss.detach()))
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-9)
     assert losses[3] < losses[0]
+
+
+class Scalars(nn.Module):
+    """Complex numbers of Python in every place an op takes one."""
+
+    def forward(self, x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        y = (x + 1j) * (2 - 1j) / (1 + 1j) - 0.5j
+        y = 1j - y + torch.add(x, y, alpha=2j) + (1 - 1j) / (x + 4) + torch.addcmul(x, x, y, value=0.5j)
+        y = y + 0.1 * (y ** (1 + 1j) + x**2 + 2**x + (1 + 2j) ** x)
+        y = torch.where(r > 0, y, 3j).masked_fill(r > 1, 2 - 1j) * torch.full_like(x, 1j) + r * 2j
+        return torch.constant_pad_nd(y, (1, 0), 0.5j) * (x.new_tensor([1 - 2j]) == 1 - 2j)
+
+
+def test_complex_scalars_stay_attributes():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.complex128, requires_grad=True)
+    r = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    model = Scalars()
+    program = daggc.trace(model, (x, r))
+    assert program.portable
+    assert daggc.parse(print_program(program)) == program
+    ct = torch.randn(3, 5, dtype=torch.complex128)
+    (mine, eager) = (f(x, r) for f in (daggc.compile(model), model))
+    torch.testing.assert_close(mine, eager, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(*(torch.autograd.grad(y, (x, r), ct) for y in (mine, eager)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_half_precision_complex_numbers_are_refused():
+    with pytest.raises(CaptureError, match="complex32"):
+        daggc.trace(Scalars(), (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.float16)))

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from helpers import TOLERANCES, coarsest, run_torch
 
-from daggc.errors import RunError, TypeRuleError
-from daggc.interp import interpret_graph
+from daggc.errors import DifferentiationError, RunError, TypeRuleError
+from daggc.interp import interpret, interpret_graph
 from daggc.ir.attrs import Attr, Attrs
-from daggc.ir.graph import Graph
+from daggc.ir.graph import Graph, Program
 from daggc.ir.types import DTYPES
+from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
-from daggc.ops.opdef import Sample
-from daggc.testing import OpSample, op_samples, random_inputs, sample_graph
+from daggc.ops.opdef import NOT_DIFFERENTIABLE, Sample
+from daggc.passes.split import join
+from daggc.passes.vjp import vjp
+from daggc.testing import OpSample, op_samples, random_direction, random_inputs, sample_graph
 
 # op -> dtypes that its type rule admits because CUDA has a kernel, where torch has no CPU kernel
 NO_CPU_KERNEL: dict[str, tuple[str, ...]] = {
@@ -115,4 +118,41 @@ def _difference(op: str, graph: Graph, got: np.ndarray, wanted: np.ndarray) -> s
 @pytest.mark.parametrize("op_sample", list(op_samples()), ids=str)
 def test_what_the_type_rule_admits_works(op_sample: OpSample):
     found = list(disagreements(op_sample))
+    assert not found, "\n".join(found)
+
+
+def wrong_derivatives(op_sample: OpSample) -> Iterator[str]:
+    """Where the VJP rule does not hold in a float dtype that the type rule admits."""
+    name = op_sample.op.name
+    for dtypes, variant in variants(op_sample):
+        if dtypes.split()[0] not in ("f32", "f16", "bf16", "c64"):
+            continue
+        program = Program({"forward": sample_graph(variant)})
+        try:
+            after = vjp(program)
+        except DifferentiationError:
+            continue
+        except TypeRuleError as wrong:
+            yield f"{dtypes}: the VJP emits what is not well typed: {str(wrong)[:200]}"
+            continue
+        verify(after, REGISTRY)
+        joint = join(after.forward, after.backward)
+        given = {**random_inputs(joint), **random_direction(joint.inputs_of("cotangent"), seed=1)}
+        arrays = [given[port.ref] for port in joint.inputs]
+        interpret(after, given)
+        try:
+            results = run_torch(joint, arrays)
+        except RunError as wrong:
+            if dtypes.split()[0] not in NO_CPU_KERNEL.get(name, ()):
+                yield f"{dtypes}: torch fails: {str(wrong)[:200]}"
+            continue
+        for port, got, want in zip(joint.outputs, results, interpret_graph(joint, arrays), strict=True):
+            difference = _difference(name, joint, got, want)
+            if difference:
+                yield f"{dtypes}: {port.ref} {difference}"
+
+
+@pytest.mark.parametrize("op_sample", [s for s in op_samples() if s.op.vjp is not NOT_DIFFERENTIABLE], ids=str)
+def test_vjp_rules_hold_in_every_float_dtype(op_sample: OpSample):
+    found = list(wrong_derivatives(op_sample))
     assert not found, "\n".join(found)

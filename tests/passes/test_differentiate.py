@@ -17,7 +17,7 @@ from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
 from daggc.passes.manager import pipeline, run
 from daggc.passes.split import join
-from daggc.passes.vjp import differentiate, vjp
+from daggc.passes.vjp import differentiate, has_gradient, vjp
 from daggc.testing import finite_difference, inner, programs, random_direction, random_inputs
 
 SMOOTH = programs(differentiable=True, max_ops=8)
@@ -85,6 +85,7 @@ def test_residuals_are_neither_inputs_nor_idle(program: Program):
     origins = {node.origin for node in after.backward.nodes}
     primal = {value.name for node in program.forward.nodes for value in node.outputs}
     assert origins <= primal | {""}, "a cotangent node says which primal it belongs to"
+    assert all(node.origin in primal for node in after.forward.nodes)
 
 
 @given(SMOOTH)
@@ -202,6 +203,20 @@ def test_wrt_chooses():
 def test_wrt_of_something_else(wrt: list[str]):
     with pytest.raises(DifferentiationError, match=wrt[0]):
         vjp(product(), wrt)
+
+
+def test_has_gradient():
+    """Of several inputs one is enough, and of several outputs one."""
+    b = REGISTRY.builder("forward")
+    x, y, z = (b.input(F64, "input", str(index)) for index in range(3))
+    b.output(b.emit("gt_scalar", x, value=0.0), "output", "0")
+    b.output(b.emit("exp", y), "output", "1")
+    b.output(b.emit("exp", z), "buffer", "z")
+    program = Program({"forward": b.build()})
+    assert has_gradient(program, ["input:0", "input:1"])
+    assert not has_gradient(program, ["input:0"])
+    assert not has_gradient(program, ["input:2"])
+    assert not has_gradient(program, [])
 
 
 def test_nothing_to_differentiate():

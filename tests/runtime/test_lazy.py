@@ -72,7 +72,7 @@ def test_several_thunks_at_once_and_persist(place: Callable[..., Any], request: 
 
 def _scheduler(compiled: Any) -> Any:
     """``dask.compute`` uses the default scheduler: make it the pool's client, as users have it."""
-    return compiled.pool.client.as_current() if compiled.pool else dask.config.set(scheduler="threads")
+    return compiled._pool.client.as_current() if compiled._pool else dask.config.set(scheduler="threads")
 
 
 def test_a_thunk_outlives_its_module_and_parameters(place: Callable[..., Any]) -> None:

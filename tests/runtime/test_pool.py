@@ -120,7 +120,7 @@ def _running(client: Client) -> int:
 def test_a_worker_killed_in_mid_run(victim: str) -> None:
     with processes(2) as client:
         compiled = daggc.compile(Slow(), client=client, stages=2)
-        address = compiled.pool.addresses[victim]
+        address = compiled._pool.addresses[victim]
         thread = _kill_soon(client, address, 1.5 if victim == "cpu:0" else 3.5)
         start = time.monotonic()
         with pytest.raises(WorkerLostError, match=rf"worker {victim} \({address}\) is gone"):
@@ -137,8 +137,8 @@ def test_a_worker_killed_in_mid_run(victim: str) -> None:
 def test_a_worker_that_is_gone_before_anything_was_sent() -> None:
     with processes(2) as client:
         compiled = daggc.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), client=client, stages=2)
-        _kill_soon(client, compiled.pool.addresses["cpu:0"], 0).join()
-        _wait_until(lambda: compiled.pool.addresses["cpu:0"] not in client.nthreads())
+        _kill_soon(client, compiled._pool.addresses["cpu:0"], 0).join()
+        _wait_until(lambda: compiled._pool.addresses["cpu:0"] not in client.nthreads())
         with pytest.raises(WorkerLostError, match="worker cpu:0"):
             compiled(torch.ones(2, 8))
 
@@ -147,7 +147,7 @@ def test_a_worker_killed_between_forward_and_backward() -> None:
     with processes(2) as client:
         compiled = daggc.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), client=client, stages=2)
         loss = compiled(torch.ones(2, 8)).sum()
-        _kill_soon(client, compiled.pool.addresses["cpu:0"], 0).join()
+        _kill_soon(client, compiled._pool.addresses["cpu:0"], 0).join()
         start = time.monotonic()
         with pytest.raises(WorkerLostError, match="worker cpu:0"):
             loss.backward()

@@ -30,8 +30,8 @@ from daggc.testing.likeness import Likeness
 from daggc.testing.programs import grow_program
 
 CHUNK = 250  # programs of a row
-SECONDS = 60  # for one program
-SHRINK_SECONDS = 30
+SECONDS = 60  # of CPU time, for one program
+SHRINK_SECONDS = 20  # likewise
 SHRUNK = 2  # failures of one property that a process shrinks; a defect that is met often is shrunk often enough
 MIXES = (
     ("f32", "i64", "bool"),
@@ -64,13 +64,13 @@ class _TooLong(Exception):
 
 
 def _ring(*_: object) -> None:
-    raise _TooLong(f"took longer than {SECONDS} seconds")
+    raise _TooLong(f"took more than {SECONDS} seconds of CPU time")
 
 
 def judge(choices: Choices, number: int, richness: Richness | None = None) -> Counter[str]:
     """Check one program. Raises Broken."""
-    signal.signal(signal.SIGALRM, _ring)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _ring)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         program = grow(choices, number)
         judged = Judged(program, is_differentiable(number), number)
@@ -80,7 +80,7 @@ def judge(choices: Choices, number: int, richness: Richness | None = None) -> Co
     except Exception as wrong:
         raise Broken("grow", f"{type(wrong).__name__}: {wrong}") from wrong
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     if richness is not None:
         richness.add(after or program)
     return judged.counts

@@ -107,7 +107,7 @@ def without_dropout(module: nn.Module) -> nn.Module:
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
         elif isinstance(getattr(part, "dropout", None), float):
-            part.dropout = 0.0
+            vars(part)["dropout"] = 0.0
     return module
 
 
@@ -228,12 +228,15 @@ def summary(rows: Sequence[Row]) -> list[str]:
     portable = [row for row in equal if row.get("portable") == "yes"]
     refused = [row for row in rows if "refused" in (row.get(column) for column in numbers)]
     wrong = [row for row in rows if "wrong" in (row.get(column) for column in numbers)]
+    unmeasured = sum(row["status"] != "measured" for row in rows)
+
+    def share(what: str, good: Sequence[Row]) -> str:
+        return f"{what:50} {len(good):4} of {total:4}  {len(good) / max(1, total):6.1%}"
+
     return [
-        f"equal to eager in outputs, gradients and buffers {len(equal):4} of {total:4}  {len(equal) / max(1, total):6.1%}",
-        f"of them wholly portable                          {len(portable):4} of {total:4}  "
-        f"{len(portable) / max(1, total):6.1%}",
-        f"refused: {len(refused)}   silently wrong: {len(wrong)}   not measured (crash, time): "
-        f"{sum(row['status'] != 'measured' for row in rows)}",
+        share("equal to eager in outputs, gradients and buffers", equal),
+        share("of them wholly portable", portable),
+        f"refused: {len(refused)}   silently wrong: {len(wrong)}   not measured (crash, time): {unmeasured}",
     ]
 
 

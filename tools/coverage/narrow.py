@@ -71,7 +71,11 @@ def catching_test(mutant: Mutant, ops: Sequence[str]) -> str:
         return f"import: {type(wrong).__name__}"
     if mutant.file.startswith("daggc/passes"):
         return _tests_of_pass(mutant)
-    for name, check in _op_cases(ops):
+    try:
+        cases = list(_op_cases(ops))
+    except Exception as wrong:
+        return f"collecting tests: {type(wrong).__name__}"
+    for name, check in cases:
         try:
             check()
         except pytest.skip.Exception:

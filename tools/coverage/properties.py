@@ -34,7 +34,8 @@ EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "c64"
 ROUNDINGS = 64  # that two ways to compute one op may differ by
 AMPLIFIED = 64  # times what single roundings at every node change: the order of a sum, another exp
 LOST = 1e-3  # of a result: when roundings change more than this, the comparison says little, and is counted
-MOVES = ("where", "where_scalar", "concat", "split", "gather", "index", "pad", "neg", "abs", "relu", "slice_update")
+MOVES = ("where", "where_scalar", "split", "reshape", "permute", "slice", "neg", "abs", "relu")  # round nothing
+ROUGH = {"digamma": 1e6, "polygamma": 3e6, "zeta": 1e6, "ndtri": 100.0, "matrix_exp": 30.0}  # roundings that torch's series are off by
 
 
 class Broken(AssertionError):
@@ -147,7 +148,8 @@ class Judged:
             moved = moved or [rounded_otherwise(graph, arrays, seed) for seed in range(3)]
             slack = max(disagreement(other[index], want) for other in moved)
             if dtype not in EPS:
-                if slack == 0:
+                more = (rounded_otherwise(graph, arrays, seed) for seed in range(3, 40))
+                if slack == 0 and all(disagreement(other[index], want) == 0 for other in more):
                     raise Broken(property, f"{port.ref}: {want} wanted, got {got}")
                 self.counts[f"skipped: {property} (rounding decides an integer)"] += 1
                 continue
@@ -247,20 +249,19 @@ def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> 
     """
     rng = np.random.default_rng(seed)
 
-    def shaken(array: np.ndarray) -> np.ndarray:
+    def shaken(array: np.ndarray, times: float = 1.0) -> np.ndarray:
         dtype = dtype_of(array)
         if dtype not in EPS or not array.size:
             return array
-        noise = 1 + EPS[dtype] * rng.choice((-1.0, 1.0), array.shape)
+        noise = 1 + times * EPS[dtype] * rng.choice((-1.0, 1.0), array.shape)
         with np.errstate(all="ignore"):
             return np.asarray(array * noise).astype(array.dtype)
 
     values = {port.value.name: shaken(array) for port, array in zip(graph.inputs, arrays, strict=True)}
     for node in graph.nodes:
         results = evaluate_node(node, [values[value.name] for value in node.inputs])
-        exact = node.op in MOVES or REGISTRY[node.op].cost(node).op_class == "view"
         for value, result in zip(node.outputs, results, strict=True):
-            values[value.name] = result if exact else shaken(result)
+            values[value.name] = result if node.op in MOVES else shaken(result, ROUGH.get(node.op, 1.0))
     return [values[port.value.name] for port in graph.outputs]
 
 

@@ -27,8 +27,9 @@ def ldl_solve(factors: torch.Tensor, pivots: torch.Tensor, b: torch.Tensor) -> t
     return torch.linalg.ldl_solve(factors, inside, b)
 
 
-def lstsq(a: torch.Tensor, b: torch.Tensor, rcond: float, driver: str) -> tuple[torch.Tensor, ...]:
-    """The solution and, from drivers that tell them, ranks and singular values."""
+def lstsq(a: torch.Tensor, b: torch.Tensor, rcond: float, driver: str) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The solution, or the solution, ranks and singular values, as far as the driver tells them."""
     result = torch.linalg.lstsq(a, b, rcond=rcond, driver=driver)
-    told = {"gels": 1, "gelsy": 2}.get(driver, 3)
-    return (result.solution, result.rank, result.singular_values)[:told]
+    if driver == "gels":
+        return result.solution
+    return (result.solution, result.rank, result.singular_values)[: 2 if driver == "gelsy" else 3]

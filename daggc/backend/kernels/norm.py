@@ -27,7 +27,7 @@ def _wide(param: Tensor | None, shape: Sequence[int], fill: float) -> Tensor:
 
 
 def _contiguous(param: Tensor | None) -> Tensor | None:
-    """Kernels read parameters of group norm, and statistics, as if they were contiguous."""
+    """Kernels read parameters of group and batch norm, and statistics, as if they were contiguous."""
     return None if param is None else param.contiguous()
 
 
@@ -161,7 +161,8 @@ def batch_norm_backward(
         )[:1]  # fmt: skip
     if _narrow_on_cpu(x):
         mean, rstd = _as(weight.dtype, mean, rstd)
-    return _aten.native_batch_norm_backward(ct, x, weight, None, None, mean, rstd, True, 0.0, [True, True, True])
+    mean, rstd, own = mean.contiguous(), rstd.contiguous(), _contiguous(weight)
+    return _aten.native_batch_norm_backward(ct, x, own, None, None, mean, rstd, True, 0.0, [True, True, True])
 
 
 def batch_norm_eval_backward(
@@ -169,5 +170,6 @@ def batch_norm_eval_backward(
 ) -> tuple[Tensor, ...]:
     """Cotangents of x and, if there is a weight, of weight and bias, with constant statistics."""
     mask = [True, weight is not None, weight is not None]
-    grads = _aten.native_batch_norm_backward(ct, x, weight, running_mean, running_var, None, None, False, eps, mask)
+    own, running_mean, running_var = _contiguous(weight), running_mean.contiguous(), running_var.contiguous()
+    grads = _aten.native_batch_norm_backward(ct, x, own, running_mean, running_var, None, None, False, eps, mask)
     return grads if weight is not None else grads[:1]

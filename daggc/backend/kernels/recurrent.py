@@ -18,8 +18,8 @@ def recurrent_layer(
     Args:
         inputs: x [T, N, I], h [N, P][, c [N, H]], w_ih, w_hh[, b_ih, b_hh][, w_hr].
     """
-    results = _run(inputs, cell, bias, reverse, train=False)
-    return results if len(results) > 1 else results[0]
+    y, *c = _run(inputs, cell, bias, reverse, train=False)
+    return (y, c[0]) if c else y
 
 
 def recurrent_layer_backward(
@@ -27,13 +27,12 @@ def recurrent_layer_backward(
 ) -> tuple[Tensor, ...]:
     """Cotangents of the layer's inputs, from those of its outputs followed by its inputs; it runs the layer anew."""
     outputs = 2 if cell == "lstm" else 1
-    cotangents = inputs[:outputs]
     twice = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.enable_grad():
         # Views, so that a tensor given as two inputs gets a cotangent for each.
         leaves = [(x if x.requires_grad else x.detach().requires_grad_()).view_as(x) for x in inputs[outputs:]]
         results = _run(leaves, cell, bias, reverse, train=True)
-        return torch.autograd.grad(results, leaves, cotangents, create_graph=twice)
+        return torch.autograd.grad(results, leaves, inputs[:outputs], create_graph=twice)
 
 
 def _run(inputs: Sequence[Tensor], cell: str, bias: bool, reverse: bool, train: bool) -> tuple[Tensor, ...]:
@@ -41,7 +40,7 @@ def _run(inputs: Sequence[Tensor], cell: str, bias: bool, reverse: bool, train: 
     x, *states = inputs[: 3 if cell == "lstm" else 2]
     weights = list(inputs[1 + len(states) :])
     x = x.flip(0) if reverse else x
-    first = [state.unsqueeze(0) for state in states]
+    first = [state.unsqueeze(0).contiguous() for state in states]
     y, *last = _LAYERS[cell](
         x.contiguous(), first if cell == "lstm" else first[0], weights, bias, 1, 0.0, train, False, False
     )

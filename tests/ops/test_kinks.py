@@ -1,0 +1,98 @@
+"""Gradients where functions are not smooth: at zeros, ties, ends of intervals and rounding points, as autograd has them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import to_numpy, to_torch
+
+from daggc.backend.codegen import compile_graph
+from daggc.errors import DifferentiationError
+from daggc.interp import interpret
+from daggc.ir.graph import Program
+from daggc.ops.opdef import NOT_DIFFERENTIABLE
+from daggc.passes.vjp import vjp
+from daggc.testing import OpSample, op_samples, random_direction, random_inputs, sample_graph, with_dtype
+
+NUMBERS = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.5, -2.5, 3.0, 0.3, 6.0, -3.0, 20.0, -20.0)
+COMPLEX = (0j, 1 + 0j, 1j, -1 + 0j, 0.5 - 2j, -1j, 2 + 2j)
+# Op -> why its gradient differs from torch's at some of these numbers.
+OTHERWISE: dict[str, str] = {}
+
+
+def is_elementwise(sample: OpSample, dtype: str) -> bool:
+    inputs = sample.sample.inputs
+    return (
+        sample.op.vjp is not NOT_DIFFERENTIABLE
+        and sample.op.name not in OTHERWISE
+        and any(arg.type.dtype == dtype for arg in inputs)
+        and len({arg.type.shape for arg in inputs}) == 1
+        and sample.op.cost(sample_graph(sample).nodes[0]).op_class == "elementwise"
+        and not any(arg.domain in ("unit", "key") for arg in inputs)
+    )
+
+
+SAMPLES = [sample for sample in op_samples() if is_elementwise(sample, "f64")]
+AS_COMPLEX = [c for s in op_samples() if (c := with_dtype(s, "c128")) is not None and is_elementwise(c, "c128")]
+
+
+def check(sample: OpSample, numbers: tuple) -> None:
+    """Compare gradients at all pairs of numbers, an array of them at a time."""
+    graph = sample_graph(sample)
+    try:
+        program = vjp(Program({"forward": graph}))
+    except DifferentiationError:
+        return
+    inputs = random_inputs(graph)
+    shape = sample.sample.inputs[0].type.shape
+    size = math.prod(shape)
+    pairs = np.array([(x, y) for x in numbers for y in numbers]).T
+    wrt = [port.target for port in program.backward.outputs]
+    cotangents = {
+        ref: np.abs(array) for ref, array in random_direction(program.backward.inputs_of("cotangent"), seed=1).items()
+    }
+    for start in range(0, pairs.shape[1], size):
+        parts = [np.resize(row[start : start + size], shape) for row in pairs]
+        moved = {
+            ref: parts[index % 2].astype(array.dtype) if array.dtype.kind in "fc" else array
+            for index, (ref, array) in enumerate(inputs.items())
+        }
+        found = by_autograd(sample, moved, cotangents, wrt)
+        if found is None:
+            pytest.skip("torch has no derivative of the kernel this lowers to")
+        results = interpret(program, {**moved, **cotangents})
+        for ref, wanted in found.items():
+            with np.errstate(all="ignore"):
+                np.testing.assert_allclose(results[f"grad:{ref}"], wanted, rtol=1e-8, atol=1e-12, err_msg=f"{moved}")
+
+
+def by_autograd(sample: OpSample, inputs: dict, cotangents: dict, wrt: list[str]) -> dict[str, np.ndarray] | None:
+    graph = sample_graph(sample)
+    leaves = {ref: to_torch(array).requires_grad_(ref in wrt) for ref, array in inputs.items()}
+    try:
+        outputs = compile_graph(graph).function(torch.device("cpu"), *leaves.values())
+        used = [
+            (output, to_torch(cotangents[f"cotangent:{port.ref}"]))
+            for port, output in zip(graph.outputs, outputs, strict=True)
+            if f"cotangent:{port.ref}" in cotangents and output.requires_grad
+        ]
+        if len(used) < len(cotangents):
+            return None
+        given, cts = zip(*used, strict=True)
+        grads = torch.autograd.grad(given, [leaves[ref] for ref in wrt], cts, allow_unused=True)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return {ref: to_numpy(grad) for ref, grad in zip(wrt, grads, strict=True) if grad is not None}
+
+
+@pytest.mark.parametrize("op_sample", SAMPLES, ids=str)
+def test_gradients_at_kinks(op_sample: OpSample):
+    check(op_sample, NUMBERS)
+
+
+@pytest.mark.parametrize("op_sample", AS_COMPLEX, ids=str)
+def test_gradients_at_complex_kinks(op_sample: OpSample):
+    check(op_sample, COMPLEX)
