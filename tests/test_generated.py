@@ -37,16 +37,12 @@ def test_generated_programs_keep_every_property():
 
 
 def test_a_broken_pass_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch):
-    """A fold that drops the sign of what it folds."""
+    """A canonicalization that adds nothing where something is to be added."""
     import generated
 
-    from daggc.passes import fold
+    from daggc.passes import canonicalize
 
-    def emit_wrongly(b, array: np.ndarray):
-        return honest(b, np.abs(array)) if array.dtype.kind in "if" else honest(b, array)
-
-    honest = fold.emit_constant
-    monkeypatch.setattr(fold, "emit_constant", emit_wrongly)
+    monkeypatch.setitem(canonicalize.RULES, "add_scalar", lambda b, node, inputs, maker: inputs[0])
     for number in (number for number in range(1, 400, 2) if number % 10 < 8):
         try:
             generated.judge(Seeded(number), number)
@@ -68,9 +64,9 @@ def test_rounding_that_matters_is_told_from_a_defect():
     b.output(b.emit("sub", b.emit("add_scalar", x, value=1e12), b.emit("add_scalar", x, value=1e12 - 1)), "output", "0")
     b.output(b.emit("mul_scalar", x, value=3.0), "output", "1")
     graph, numbers = b.build(), [np.array([0.1, 0.2, 0.3])]
-    (lost, _), (_, kept) = rounded_otherwise(graph, numbers, 0), rounded_otherwise(graph, numbers, 1)
-    assert disagreement(lost, np.ones(3)) > 1e-6
-    assert disagreement(kept, 3 * numbers[0]) < 1e-15
+    otherwise = [rounded_otherwise(graph, numbers, seed) for seed in range(4)]
+    assert max(disagreement(lost, np.ones(3)) for lost, _ in otherwise) > 1e-6
+    assert max(disagreement(kept, 3 * numbers[0]) for _, kept in otherwise) < 1e-14
     assert disagreement(np.array([np.nan]), np.array([1.0])) == np.inf
     assert disagreement(np.array([np.nan, 1.0]), np.array([np.nan, 1.0])) == 0
 
@@ -99,7 +95,7 @@ def test_mutants_change_what_is_computed_and_nothing_else():
     changes = {(mutant.role, mutant.kind, mutant.old, mutant.new) for mutant in found}
     assert ("infer", "swapped comparison", "x.rank == 2", "(x.rank != 2)") in changes
     assert ("infer", "dropped term", "x.rank == 2 and y.rank > 1", "((x.rank == 2))") in changes
-    assert ("infer", "wrong axis", "-1", "-2") in changes
+    assert ("infer", "wrong axis", "-1", "-1 - 1") in changes
     assert ("vjp", "sign", '"sub"', '"add"') in changes
     assert {mutant.role for mutant in found} == {"infer", "vjp"}
     assert not any("1 + 2" in mutant.old or "message" in mutant.old for mutant in found)
@@ -130,6 +126,8 @@ def test_an_output_that_is_an_input_is_not_planned():
     from daggc.plan.plan import plan_model
 
     b = REGISTRY.builder("forward")
-    b.output(b.input(TensorType("f64", (3,)), "param", "w"), "output", "0")
+    w = b.input(TensorType("f64", (3,)), "param", "w")
+    b.emit("exp", w)
+    b.output(w, "output", "0")
     with pytest.raises(PlanError, match="has no call"):
         plan_model(Program({"forward": b.build()}), cluster_of([cpu_device(0)]))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._export.passes import replace_set_grad_with_hop_pass as export_passes
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -188,7 +189,7 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, regions: Sequence[Region]
         return node.target(*args, **kwargs)  # pyright: ignore
 
     values = [source.meta["val"] for source in sources]
-    mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     with mode, torch.no_grad(), _entered(regions):
         inner = make_fx(call)(*values)
     made: dict[fx.Node, Any] = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), sources, strict=True))

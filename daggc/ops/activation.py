@@ -54,6 +54,8 @@ def _infer(
         require(kind(inputs[0].dtype) in kinds, f"a tensor of a dtype of kind {', '.join(kinds)} is required")
         for name in names:
             require(attrs[name] is not None, f"{name} is required")
+        known = "approximate" not in names or attrs["approximate"] in ("none", "tanh")
+        require(known, f"approximate is none or tanh, got {attrs.get('approximate')!r}")
         return (inputs[0],)
 
     return infer

@@ -70,6 +70,7 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     layout = channel_layout(x.shape)
     check_params(x, () if weight is None else (weight, bias), layout)
     require(layout.count > 1, f"more than one value for each channel is required in training, got {x}")
+    require(attrs["eps"] is not None, "eps is a number")
     statistics = stats_type(x, layout)
     if mean is None:
         return x, statistics, statistics

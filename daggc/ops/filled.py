@@ -9,7 +9,7 @@ import numpy as np
 
 from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
-from daggc.ir.graph import Value
+from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import (
     Scalar,
@@ -38,6 +38,12 @@ def _infer_full(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
     return (result,)
 
 
+def _evaluate_full(node: Node) -> np.ndarray:
+    """Numbers that an integer dtype does not hold wrap around, as in torch."""
+    number = np.asarray(node.attrs["value"]).astype(node.output.type.numpy_dtype)
+    return np.full(node.attrs["shape"], number)
+
+
 def _import_full(b: Builder, size: Sequence[int], value: Scalar, *, dtype: str | None = None, **_: Any) -> Value:
     return full(b, value, size, dtype or result_dtype(value))
 
@@ -59,7 +65,7 @@ register(
     OpDef(
         name="full",
         infer=_infer_full,
-        evaluate=lambda node: np.full(node.attrs["shape"], node.attrs["value"], node.output.type.numpy_dtype),
+        evaluate=_evaluate_full,
         vjp=NOT_DIFFERENTIABLE,
         cost=copy_cost,
         axes=lambda node: Axes((), (letters(node.output.type.rank),)),

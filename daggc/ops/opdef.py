@@ -210,7 +210,19 @@ class Registry(Mapping[str, OpDef]):
 # Attributes by what they hold wherever they occur, so that type rules need not say so each; None where it is allowed.
 _INTEGERS = frozenset(
     (
-        *("dim", "dims", "shape", "sizes", "size", "kernel", "stride", "padding", "dilation", "output_padding", "groups"),
+        *(
+            "dim",
+            "dims",
+            "shape",
+            "sizes",
+            "size",
+            "kernel",
+            "stride",
+            "padding",
+            "dilation",
+            "output_padding",
+            "groups",
+        ),
         *("output_size", "input_shape", "normalized_shape", "weight_shape", "num_weights", "k", "blank", "length"),
         *("padding_idx", "divisor_override", "ignore_index", "stream"),
     )

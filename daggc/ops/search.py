@@ -171,6 +171,19 @@ def _evaluate_nonzero(node: Node, x: np.ndarray) -> np.ndarray:
     return result
 
 
+def _import_nonzero(b: Builder, x: Value) -> Value:
+    """Of nothing, nothing; anything else has a shape that depends on data."""
+    if x.type.numel:
+        raise NotImplementedError("nonzero gives a tensor of data-dependent shape")
+    return full(b, 0, (0, x.type.rank), "i64")
+
+
+def _import_nonzero_by_axis(b: Builder, x: Value) -> tuple[Value, ...]:
+    if x.type.numel:
+        raise NotImplementedError("nonzero gives tensors of data-dependent shape")
+    return tuple(full(b, 0, (0,), "i64") for _ in range(x.type.rank))
+
+
 register(
     OpDef(
         name="nonzero_static",
@@ -185,7 +198,9 @@ register(
         aten={
             "nonzero_static.default": lambda b, x, *, size, fill_value=-1: b.emit(
                 "nonzero_static", x, size=size, fill=fill_value
-            )
+            ),
+            **dict.fromkeys(("nonzero.default", "argwhere.default"), _import_nonzero),
+            "nonzero_numpy.default": _import_nonzero_by_axis,
         },
         samples=(
             Sample((Arg(t(3, 4, dtype="bool"), "bool"),), {"size": 15, "fill": -1}),

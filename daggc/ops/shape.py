@@ -229,7 +229,7 @@ register(
             "copy.default": _import_copy,
             "fill.Scalar": _import_fill,
             "fill.Tensor": _import_fill,
-            "zero.default": lambda b, x: zeros_like(b, x),
+            "zero.default": lambda b, x: _import_fill(b, x, 0.0 if x.type.differentiable else 0),
         },
         samples=(
             sample((3, 4), shape=(2, 6)),

@@ -73,10 +73,6 @@ def _slice(b: Builder, node: Node, inputs: Sequence[Value], maker: Node | None) 
     return inputs[0] if node.output.type == inputs[0].type and node.attrs["step"] == 1 else None
 
 
-def _sum(b: Builder, node: Node, inputs: Sequence[Value], maker: Node | None) -> Value | None:
-    return inputs[0] if not node.attrs["dims"] and node.output.type == inputs[0].type else None
-
-
 RULES: dict[str, Rule] = {
     "reshape": _reshape,
     "permute": _permute,
@@ -88,7 +84,6 @@ RULES: dict[str, Rule] = {
     "div_scalar": _unit_scale,
     "concat": _concat,
     "slice": _slice,
-    "sum": _sum,
 }
 
 

@@ -17,7 +17,7 @@ _SEEN = 1e-4  # a smaller kink, in proportion to the slope, is rounding or curva
 
 @dataclass(frozen=True)
 class Slope:
-    """A directional derivative, and the disagreement of two step sizes and of two sides, which tell a kink from a slope."""
+    """A directional derivative, and how two step sizes and two sides disagree, which tells a kink from a slope."""
 
     value: float
     error: float

@@ -386,7 +386,6 @@ class OnlyFirst(nn.Module):
 
 REFUSED["another first call"] = "call the model once before it is compiled", Case(OnlyFirst, (x(),))
 REFUSED["max_norm"] = "max_norm", Case(lambda: nn.Embedding(6, 3, max_norm=0.5), (torch.tensor([1, 2]),))
-REFUSED["dropout in an LSTM"] = "use layers of one level", Case(lambda: nn.LSTM(4, 3, 2, dropout=0.5), (x(5, 2, 4),))
 
 
 def doubled(value: Any) -> Any:

@@ -48,7 +48,10 @@ def variants(op_sample: OpSample) -> Iterator[tuple[str, OpSample]]:
                 continue
             for attrs in _attrs(op_sample.sample, real, integer):
                 inputs = tuple(
-                    replace(arg, type=arg.type.with_(dtype={"f64": real, "i64": integer}.get(arg.type.dtype, arg.type.dtype)))
+                    replace(
+                        arg,
+                        type=arg.type.with_(dtype={"f64": real, "i64": integer}.get(arg.type.dtype, arg.type.dtype)),
+                    )
                     for arg in op_sample.sample.inputs
                 )
                 key = (inputs, str(Attrs(attrs)))

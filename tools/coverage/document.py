@@ -16,13 +16,19 @@ from results import FOLDER, ROOT, Row, Store
 
 HEAD = """# Coverage
 
-What of PyTorch daggc takes, and whether the numbers are eager's: tables made by `tools/coverage_docs` from the rows that
-`tools/opdb`, `tools/modules`, `tools/zoo`, `tools/generated` and `tools/mutate` keep. Do not edit this page.
+What of PyTorch daggc takes, and whether the numbers are eager's. `tools/coverage_docs` makes this page from the rows
+that `tools/opdb`, `tools/modules`, `tools/zoo`, `tools/generated` and `tools/mutate` keep: do not edit it.
 
-*Equal* means: the error's norm is at most 4 times eager's own error against its f64 run, plus 16 units in the last place
-(`tools/coverage/judge.py`). *Portable* means that a program has no `torch.call` or `python.call`, so the NumPy
-interpreter runs it where torch is absent. *Refused* means a `CaptureError` before anything runs, with the reason.
+*Equal* means: the error's norm is at most 4 times eager's own error against its f64 run, plus 16 units in the
+last place (`tools/coverage/judge.py`). *Portable* means that a program has no `torch.call` or `python.call`, so the
+NumPy interpreter runs it where torch is absent. *Refused* means a `CaptureError` before anything runs, with the reason.
 """
+
+OPERATORS = """Every entry with f32 samples on a CPU, or i64 ones where it has no f32; up to three distinct samples of
+each, the largest among them. A row's cell is the worst of its samples. Random ops are compared in distribution."""
+
+MODELS = """Small configurations with random weights, in f32: outputs, loss, all gradients and buffers, in train mode
+(with dropout at 0, differentiating the loss) and in eval mode (differentiating all outputs)."""
 
 
 def block(lines: Sequence[str]) -> str:
@@ -57,8 +63,7 @@ def op_db(rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             "## Operators: torch's op_db",
-            "Every entry with f32 samples on a CPU, or i64 ones where it has no f32; up to three distinct samples of each, "
-            "the largest among them. A row's cell is the worst of its samples. Random ops are compared in distribution.",
+            OPERATORS,
             block(opdb.summary(rows)),
             f"Left out, without such samples (each counts as a failure): {', '.join(opdb.LEFT_OUT)}.",
             f"### What falls short ({len(short)})",
@@ -93,8 +98,7 @@ def families(rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             "## Models: families of transformers",
-            "Small configurations with random weights, in f32: outputs, loss, all gradients and buffers, in train mode (with "
-            "dropout at 0, differentiating the loss) and in eval mode (differentiating all outputs).",
+            MODELS,
             block(zoo.summary(rows)),
             table(["class", *columns[1:], "doors, or the reason"], cells),
         ]

@@ -69,7 +69,7 @@ class Family:
     kind: str
     inputs: Callable[[Any], Inputs]
     config: Mapping[str, Any] = field(default_factory=dict)
-    model: str = ""
+    modes: tuple[str, ...] = ("train", "eval")
 
     def make(self) -> tuple[nn.Module, Inputs]:
         """The model with weights of seed 0, in train mode, and its inputs."""
@@ -273,7 +273,7 @@ FAMILIES = [
     Family("MambaForCausalLM", "state space", unmasked, MAMBA),
     Family("Mamba2ForCausalLM", "state space", unmasked, {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
     Family("FalconMambaForCausalLM", "state space", unmasked, MAMBA),
-    Family("RwkvForCausalLM", "state space", unmasked, {"attention_hidden_size": 32}),
+    Family("RwkvForCausalLM", "state space", lambda model: {**unmasked(model), "use_cache": False}, {"attention_hidden_size": 32}),
     Family("RecurrentGemmaForCausalLM", "state space", text, {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]}),
     Family("JambaForCausalLM", "state space", text, {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False, "expert_layer_period": 2, "expert_layer_offset": 1}),
     # vision
@@ -297,7 +297,6 @@ FAMILIES = [
     Family("ViTMSNForImageClassification", "vision", image()),
     Family("FocalNetForImageClassification", "vision", image(), {"embed_dim": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3], "patch_size": 4}),
     Family("BitForImageClassification", "vision", image(), {**ONE_STAGE, "embedding_size": 8, "num_groups": 4}),
-    Family("CvtForImageClassification", "vision", image(), {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 2], "drop_rate": [0.0, 0.0, 0.0], "attention_drop_rate": [0.0, 0.0, 0.0], "drop_path_rate": [0.0, 0.0, 0.0]}),
     # speech
     Family("Wav2Vec2ForCTC", "speech", sound(letters), WAV),
     Family("HubertForCTC", "speech", sound(letters), WAV),
@@ -314,7 +313,7 @@ FAMILIES = [
     Family("ChineseCLIPModel", "multimodal", image_and_text),
     Family("ViltForImagesAndTextClassification", "multimodal", lambda model: {"input_ids": ids(), "pixel_values": torch.randn(BATCH, 2, 3, 32, 32), "labels": label()}, {"num_images": 2, "modality_type_vocab_size": 3, "max_image_length": -1}),
     Family("BlipForConditionalGeneration", "multimodal", lambda model: {"input_ids": ids(), "pixel_values": torch.randn(BATCH, 3, 32, 32, requires_grad=True), "labels": ids()}),
-    Family("GroupViTModel", "multimodal", image_and_text, {"vision_config": {"depths": [1, 1], "num_group_tokens": [4, 2], "num_output_groups": [4, 2], "patch_size": 8}}),
+    Family("GroupViTModel", "multimodal", image_and_text, {"vision_config": {"depths": [1, 1], "num_group_tokens": [4, 2], "num_output_groups": [4, 2], "patch_size": 8}}, ("eval",)),  # it draws at random in train mode
     Family("LlavaForConditionalGeneration", "multimodal", lambda model: {"input_ids": torch.cat([torch.full((BATCH, 16), 95), ids()], 1), "pixel_values": torch.randn(BATCH, 3, 32, 32, requires_grad=True), "labels": ids(length=24)}, {"image_token_index": 95, "image_token_id": 95}),
     # time series
     Family("PatchTSTForPrediction", "time series", lambda model: {"past_values": torch.randn(BATCH, 32, 2, requires_grad=True), "future_values": torch.randn(BATCH, 8, 2)}, {"num_input_channels": 2, "context_length": 32, "prediction_length": 8, "patch_length": 8, "patch_stride": 8, "loss": "mse"}),

@@ -56,7 +56,9 @@ def grow(choices: Choices, number: int) -> Program:
     elif number % 10 >= 8:
         size = {"max_ops": 24, "length": 40}
     kinds: dict[str, Any] = {"dtypes": MIXES[number // 2 % len(MIXES)]}
-    return grow_program(choices, like_models=True, **size, **({"differentiable": True} if number % 2 == 0 else kinds))
+    if is_differentiable(number):
+        kinds = {"differentiable": True}
+    return grow_program(choices, like_models=True, **size, **kinds)
 
 
 class _TooLong(Exception):
@@ -177,7 +179,8 @@ def main(
         Likeness.of([program.forward for program in captured().values()]).save()
         return
     if numbers:
-        sys.exit(1 if any([_one(seed, number) for number in numbers]) else 0)
+        failed = [number for number in numbers if _one(seed, number)]
+        sys.exit(1 if failed else 0)
     store = Store("generated", fingerprint(*TOOLS))
     if fresh and shard is None:
         store.path.unlink(missing_ok=True)

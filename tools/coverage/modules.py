@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import click
 import judge
 import torch
-from opdb import Cell, attempt, copied, direction, text_of, verdict_of, worse
-from results import Row, Store, fingerprint, in_processes, make_rows, part_of
+from opdb import Cell, attempt, copied, direction, verdict_of, worse
+from results import Row, Store, fingerprint, guarded, in_processes, make_rows, part_of, text_of
 from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from torch.utils import _pytree as tree
@@ -117,8 +115,7 @@ def run(model: Callable[..., Any], case: Case) -> Run:
     outputs, _ = flatten(model(*case.args, **case.kwargs))
     smooth = [x for x in outputs if x.requires_grad]
     if smooth:
-        generator = torch.Generator().manual_seed(3)
-        torch.autograd.backward(smooth, [direction(x, generator) for x in smooth])
+        torch.autograd.backward(smooth, [direction(x, 3 + index) for index, x in enumerate(smooth)])
     leaves = [x for x in tree.tree_leaves((case.args, case.kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
     return Run(
         [x.detach() for x in outputs],
@@ -189,26 +186,6 @@ def same(kind: str, got: Run, eager: Run, exactly: Run | None) -> None:
 GOOD = ("equal", "none", "yes", None)
 
 
-def guarded(name: str) -> Row:
-    """:func:`measure` with a time limit; what goes wrong in it is a row as well."""
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(SECONDS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return measure(name)
-    except TimeoutError:
-        return {"name": name, "status": "failed", "reason": f"longer than {SECONDS} seconds"}
-    except Exception as wrong:
-        return {"name": name, "status": "failed", "reason": text_of(wrong)}
-    finally:
-        signal.alarm(0)
-
-
-def _stop(*_: object) -> None:
-    raise TimeoutError
-
-
 def line(row: Row) -> str:
     cells = " ".join(f"{row.get(column, '-'):10}" for column in COLUMNS)
     bad = [column for column in COLUMNS if row.get(column) not in GOOD]
@@ -256,6 +233,10 @@ def main(
     Rows are kept in .cache/coverage/modules.jsonl and made anew where the code has changed.
     """
     torch.set_num_threads(1)
+
+    def make(name: str) -> Row:
+        return guarded(measure, name, SECONDS)
+
     store = Store("modules", fingerprint("modules.py", "opdb.py", "judge.py"))
 
     def show(row: Row) -> None:
@@ -265,7 +246,7 @@ def main(
     if modules:
         rows = []
         for name in part_of(modules, shard):
-            rows.append(guarded(name))
+            rows.append(make(name))
             show(rows[-1])
     elif jobs > 1:
         in_processes(jobs, ["--fresh"] if fresh else [])
@@ -273,7 +254,7 @@ def main(
         for row in rows:
             show(row)
     else:
-        make_rows(store, part_of(list(ENTRIES), shard), guarded, fresh, show)
+        make_rows(store, part_of(list(ENTRIES), shard), make, fresh, show)
         rows = [row for name, row in store.read().items() if name in ENTRIES]
     if path is not None:
         with open(path, "w") as file:

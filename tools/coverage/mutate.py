@@ -36,7 +36,12 @@ WALL_SECONDS = 240
 EXPLAINED = Path(__file__).with_name("survivors.toml")
 TOOLS = (
     *("mutate.py", "mutations.py", "narrow.py", "generated.py", "properties.py"),
-    *("../../tests/ops/test_op_table.py", "../../tests/ops/test_op_dtypes.py", "../../tests/ops/test_type_rules.py"),
+    *(
+        "../../tests/ops/test_op_table.py",
+        "../../tests/ops/test_op_dtypes.py",
+        "../../tests/ops/test_type_rules.py",
+        "../../tests/ops/test_kinks.py",
+    ),
     *("../../tests/passes/test_meaning.py", "../../tests/passes/test_differentiate.py"),
     *("../../tests/passes/test_microbatch.py", "../../tests/helpers.py"),
 )

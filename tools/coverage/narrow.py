@@ -20,7 +20,7 @@ import pytest
 from mutations import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-OP_TESTS = ("test_op_table", "test_op_dtypes", "test_type_rules")
+OP_TESTS = ("test_op_table", "test_op_dtypes", "test_type_rules", "test_kinks")
 PASS_TESTS = ("tests/passes/test_meaning.py", "tests/passes/test_differentiate.py")
 MOST_OPS = 8  # that a mutant is tried on
 PROGRAMS = 60  # generated ones for a mutant of a pass
@@ -133,12 +133,13 @@ def _programs(numbers: Sequence[int], ops: Sequence[str] | None = None) -> str:
     from daggc.testing.programs import grow_program
 
     if ops is not None:
-        generated.grow = lambda choices, number: grow_program(
-            choices,
-            ops=ops,
-            max_ops=4,
-            **({"differentiable": True} if number % 2 == 0 else {"dtypes": generated.MIXES[number // 2 % 6]}),
-        )
+
+        def grow(choices: Any, number: int) -> Any:
+            mixed: dict[str, Any] = {"dtypes": generated.MIXES[number // 2 % len(generated.MIXES)]}
+            kinds: dict[str, Any] = {"differentiable": True} if generated.is_differentiable(number) else mixed
+            return grow_program(choices, ops=ops, max_ops=4, **kinds)
+
+        vars(generated)["grow"] = grow
     for number in numbers:
         try:
             generated.judge(Seeded(number), number)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,33 @@ def make_rows(
                 row["seconds"] = round(time.perf_counter() - start, 2)
             store.write(row)
         show(row)
+
+
+def guarded(measure: Callable[[str], Row], name: str, seconds: int) -> Row:
+    """A row, within a time limit; what goes wrong while it is made is a row as well."""
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(seconds)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return measure(name)
+    except TimeoutError:
+        return {"name": name, "status": "failed", "reason": f"longer than {seconds} seconds"}
+    except Exception as wrong:
+        return {"name": name, "status": "failed", "reason": text_of(wrong)}
+    finally:
+        signal.alarm(0)
+
+
+def _stop(*_: object) -> None:
+    raise TimeoutError
+
+
+def text_of(wrong: BaseException) -> str:
+    """The first line of an error; its traceback is printed where ``--errors`` was asked for."""
+    if "--errors" in sys.argv:
+        traceback.print_exception(wrong)
+    return f"{type(wrong).__name__}: {' '.join(str(wrong).split())}"[:300]
 
 
 def in_processes(jobs: int, arguments: Sequence[str]) -> None:

@@ -5,11 +5,7 @@ Each model runs in f32, in train mode with dropout at 0 and in eval mode; eager'
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
-import traceback
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +14,7 @@ import click
 import judge
 import torch
 from families import BY_NAME, FAMILIES, family_of
-from results import Row, Store, fingerprint, in_processes, make_rows, part_of
+from results import Row, Store, fingerprint, guarded, in_processes, make_rows, part_of, text_of
 from torch import nn
 
 import daggc
@@ -104,7 +100,7 @@ def measure(name: str) -> Row:
     row: Row = {"name": name, "family": family_of(name), "kind": family.kind, "status": "measured"}
     row["parameters"] = sum(x.numel() for x in family.make()[0].parameters())
     doors: set[str] = set()
-    for mode in MODES:
+    for mode in family.modes:
         eager = run(name, mode, torch.float32, compiled=False)[0]
         try:
             exactly = run(name, mode, torch.float64, compiled=False)[0]
@@ -125,35 +121,10 @@ def measure(name: str) -> Row:
         except TimeoutError:
             raise
         except Exception as wrong:
-            row[mode], row["reason"] = "failed", f"{type(wrong).__name__}: {text_of(wrong)}"
+            row[mode], row["reason"] = "failed", text_of(wrong)
         row[f"{mode}_seconds"] = round(time.perf_counter() - start, 2)
     row["doors"] = sorted(doors)
     return row
-
-
-def text_of(wrong: BaseException) -> str:
-    if "--errors" in sys.argv:
-        traceback.print_exception(wrong)
-    return " ".join(str(wrong).split())[:300]
-
-
-def guarded(name: str) -> Row:
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(SECONDS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return measure(name)
-    except TimeoutError:
-        return {"name": name, "status": "failed", "reason": f"longer than {SECONDS} seconds"}
-    except Exception as wrong:
-        return {"name": name, "status": "failed", "reason": f"eager: {type(wrong).__name__}: {text_of(wrong)}"}
-    finally:
-        signal.alarm(0)
-
-
-def _stop(*_: object) -> None:
-    raise TimeoutError
 
 
 def line(row: Row) -> str:
@@ -165,7 +136,7 @@ def line(row: Row) -> str:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     def verdict(row: Row) -> str:
-        found = [row.get(mode, "failed") for mode in MODES]
+        found = [row.get(mode, "failed") for mode in BY_NAME[row["name"]].modes]
         return next((bad for bad in ("wrong", "failed", "refused") if bad in found), "equal")
 
     verdicts = [verdict(row) for row in rows]
@@ -187,15 +158,19 @@ def main(models: tuple[str, ...], errors: bool, fresh: bool, jobs: int, shard: s
     Rows are kept in .cache/coverage/zoo.jsonl and made anew where the code has changed.
     """
     torch.set_num_threads(1)
+
+    def make(name: str) -> Row:
+        return guarded(measure, name, SECONDS)
+
     store = Store("zoo", fingerprint("zoo.py", "families.py", "judge.py"))
     if models:
-        rows = [guarded(name) for name in models]
+        rows = [make(name) for name in models]
         click.echo("\n".join([*map(line, rows), *summary(rows)]))
         return
     if jobs > 1:
         in_processes(jobs, ["--fresh"] if fresh else [])
     else:
-        make_rows(store, part_of(list(BY_NAME), shard), guarded, fresh, lambda row: click.echo(line(row)))
+        make_rows(store, part_of(list(BY_NAME), shard), make, fresh, lambda row: click.echo(line(row)))
     known = store.read()
     rows = [known[family.name] for family in FAMILIES if family.name in known]
     if jobs > 1:
