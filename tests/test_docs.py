@@ -57,7 +57,7 @@ from daggc.ir.graph import Program
 from daggc.testing import op_samples, random_inputs, sample_graph
 
 for op_sample in op_samples():
-    if op_sample.op.name == "logaddexp":
+    if op_sample.op.name == "smooth_max":
         graph = sample_graph(op_sample)
         arrays = list(random_inputs(graph).values())
         tensors = [torch.from_numpy(np.array(array)).requires_grad_() for array in arrays]

@@ -222,7 +222,8 @@ class _Importer:
     def portable(self, target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Through an importer of the op table, or None if there is none that takes this form of the op."""
         namespace, name = target._schema.name.split("::")
-        importer = REGISTRY.importers.get(f"{name}.{target._overloadname}") if namespace in ("aten", "daggc") else None
+        known = f"{name}.{target._overloadname or 'default'}"
+        importer = REGISTRY.importers.get(known if namespace in ("aten", "daggc") else f"{namespace}::{known}")
         if importer is None:
             return None
         try:

@@ -160,6 +160,7 @@ def _infer_backward(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorT
     statistics = stats_type(x, layout)
     require(len(weight) <= 1, "cotangent, x, mean, rstd and weight are the inputs")
     require(ct == x, "a cotangent of x's type is required")
+    require(x.numel > 0, f"elements are required, of none torch's kernel divides by 0; got {x}")
     require(mean == statistics and rstd == statistics, f"statistics {statistics} are required")
     return (x, *weight, *weight)
 

@@ -140,6 +140,7 @@ def _infer_eval_backward(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[Te
     check_running((mean, variance), x, layout)
     require(len(weight) <= 1, "cotangent, x, mean, variance and weight are the inputs")
     require(ct == x, "a cotangent of x's type is required")
+    require(x.numel > 0, f"elements are required, of none torch's kernel divides by 0; got {x}")
     require(isinstance(attrs["eps"], float), "eps is a number")
     return (x, *weight, *weight)
 

@@ -128,7 +128,7 @@ class OpDef:
         axes: ``node -> Axes``, or None if the op needs all its inputs whole.
         lower: ``(node, names of arguments) -> Python expression`` over ``torch`` and ``kernels``
             (``daggc.backend.kernels``); a tuple where the op has several outputs.
-        aten: ATen overload name, such as ``add.Tensor`` -> importer. An importer takes the builder and the
+        aten: ATen overload name, such as ``add.Tensor`` (``library::name.overload`` elsewhere) -> importer. An importer takes the builder and the
             ATen op's arguments (tensors as Values, dtypes as IR names) and returns the Value or tuple of
             Values (None where ATen gives an output that daggc does not have).
         samples: inputs and attributes that the op accepts.
