@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._export.passes import replace_set_grad_with_hop_pass as export_passes
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,11 +62,18 @@ def autocast_of(state: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None
 
 
 @contextmanager
-def explicit_casts() -> Iterator[None]:
-    """While exporting in this block, autocast regions become casts. Not for several threads at once."""
+def explicit_casts(root: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While exporting this module in this block, autocast regions become casts. Not for several threads at once."""
     original = export_passes.replace_set_grad_with_hop_pass
 
     def replaced(module: fx.GraphModule, signature: Any) -> Any:
+        named = dict(root.named_parameters(remove_duplicate=False))
+        leaves: dict[str, torch.Tensor] = {name: named[path] for name, path in signature.inputs_to_parameters.items()}
+        leaves.update(zip(signature.user_inputs, inputs, strict=True))
+        for node in module.graph.nodes:
+            leaf = leaves.get(node.name) if node.op == "placeholder" else None
+            if leaf is not None and leaf.requires_grad and leaf.is_leaf and not leaf._is_view():
+                node.meta[_LEAF] = id(leaf)  # tied ones are one
         with module._set_replace_hook(signature.get_replace_hook()):
             _make_explicit(module, [], {})
             module.recompile()
@@ -79,7 +86,8 @@ def explicit_casts() -> Iterator[None]:
         export_passes.replace_set_grad_with_hop_pass = original
 
 
-_Cache = dict[tuple[fx.Node, torch.dtype], fx.Node]
+_LEAF = "daggc.leaf"  # marks a placeholder whose casts eager caches
+_Cache = dict[tuple[int, torch.dtype], fx.Node]
 
 
 def _make_explicit(module: fx.GraphModule, regions: list[Region], cache: _Cache) -> None:
@@ -89,7 +97,7 @@ def _make_explicit(module: fx.GraphModule, regions: list[Region], cache: _Cache)
         regions: those around it, outermost first.
         cache: casts of weights made so far in the outermost region.
     """
-    depth = len(regions)
+    depth, outside = len(regions), cache
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -100,7 +108,9 @@ def _make_explicit(module: fx.GraphModule, regions: list[Region], cache: _Cache)
             regions.pop()
             module.graph.erase_node(node)
             if not regions:
-                cache.clear()
+                outside.clear()
+        elif node.target is torch._C._set_grad_enabled:
+            cache = outside if node.args[0] else {}  # casts made without gradients serve none that has them
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             for inner in _bodies(module, node):
                 _make_explicit(inner, list(regions), {})
@@ -155,17 +165,17 @@ def _cast(
 ) -> fx.Node:
     value = source.meta["val"]
     low = any(enabled and dtype == fast for _, fast, enabled in regions)
-    weight = source.op == "placeholder" and value.dtype == torch.float32 and low and value.requires_grad
-    if weight and (source, dtype) in cache:
-        return cache[source, dtype]
+    leaf = source.meta.get(_LEAF) if value.dtype == torch.float32 and low else None
+    if leaf is not None and (leaf, dtype) in cache:
+        return cache[leaf, dtype]
     with module.graph.inserting_before(user):
         made = module.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype})
     made.meta = {name: user.meta[name] for name in ("nn_module_stack", "stack_trace") if name in user.meta}
     mode: Any = value.fake_mode  # pyright: ignore[reportAttributeAccessIssue]  # a tensor without data
     with mode, autocast_off():
         made.meta["val"] = value.detach().to(dtype, copy=True)
-    if weight:
-        cache[source, dtype] = made
+    if leaf is not None:
+        cache[leaf, dtype] = made
     return made
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from daggc.errors import DataDependentError
 from daggc.frontend.data_shapes import HANDLERS
+from daggc.frontend.pytree import Spec
 
 _MOST = 256  # numbers that one capture may hang on
 
@@ -131,10 +132,12 @@ def _nested(numbers: Sequence[Number], shape: Sequence[int]) -> Any:
     return [_nested(numbers[i * inner : (i + 1) * inner], shape[1:]) for i in range(shape[0])]
 
 
-def decisions_of(model: nn.Module, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answers:
-    """Run the model in eager, and give what its Python asked of tensors. Nothing of the model is changed."""
+def decisions_of(model: nn.Module, call: Callable[..., Any], leaves: Sequence[torch.Tensor], in_spec: Spec) -> Answers:
+    """Run the model in eager, and give what its Python asked of tensors. Nothing is changed."""
     decisions = Decisions()
-    with _unchanged(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _as_if_exporting(), decisions:
+    copies = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    args, kwargs = in_spec.rebuild(iter(copies))
+    with _unchanged(model), torch.random.fork_rng(devices=[]), _as_if_exporting(), decisions:
         call(model, *args, **kwargs)
     return tuple(numbers for _, numbers in decisions.asked)
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import builtins
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from daggc.errors import CaptureError, located
 from daggc.frontend.fx_import import is_user_file
@@ -264,10 +267,54 @@ def refusing_what_export_drops() -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _called_by_user() -> bool:
-    """Whether a guarded function was called in the user's code rather than by torch itself."""
-    frame = sys._getframe(3)  # past this, the reason and the guard
-    while frame.f_back is not None and frame.f_code.co_filename.endswith("_contextlib.py"):  # used as a decorator
+_PYTHONS_OWN = {(builtins, "max"): max, (builtins, "min"): min, (math, "pow"): math.pow}
+
+
+@contextmanager
+def pythons_own_functions() -> Iterator[None]:
+    """``max``, ``min`` and ``math.pow`` decide on numbers: export's own compute with tensors, with other gradients."""
+    before = {place: getattr(*place) for place in _PYTHONS_OWN}
+    for (owner, name), function in _PYTHONS_OWN.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)
+
+
+class GradModeOutside(TorchFunctionMode):
+    """A call under ``torch.no_grad`` is captured with gradients on; what asks about them gets eager's answer."""
+
+    def __enter__(self) -> Any:
+        self._is_enabled = torch.is_grad_enabled
+        torch.is_grad_enabled = self._enabled  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__enter__()
+
+    def __exit__(self, *wrong: Any) -> None:
+        torch.is_grad_enabled = self._is_enabled
+        super().__exit__(*wrong)
+
+    def _enabled(self) -> bool:
+        return self._is_enabled() and not (capturing() and _called_by_user(2))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func == _REQUIRES_GRAD and result and not args[0].is_leaf and _called_by_user(2):
+            return False
+        return result
+
+
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _called_by_user(depth: int = 3) -> bool:
+    """Whether a guarded function was called in the user's code: the frame beyond this, the reason and the guard."""
+    frame = sys._getframe(depth)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.endswith("_contextlib.py")  # used as a decorator
+        or frame.f_code.co_name == "__torch_function__"  # of a mode, export's own say
+    ):
         frame = frame.f_back
     return is_user_file(frame.f_code.co_filename)
 

@@ -23,10 +23,12 @@ from daggc.frontend.checkpoint import marking_checkpoints
 from daggc.frontend.dtypes import TO_TORCH, ir_type
 from daggc.frontend.effects import (
     Attributes,
+    GradModeOutside,
     Place,
     contents,
     is_plain,
     keeping_buffers,
+    pythons_own_functions,
     refuse_counting,
     refuse_reading,
     refusing_what_export_drops,
@@ -52,6 +54,8 @@ class Capture:
         constants: tensors that are part of the model but neither parameters nor buffers, by port target.
         assigned: the plain values that each call sets attributes to, by module path and name.
         kept: of the tensors that each call leaves in attributes; their leaves are the ``attribute`` ports in order.
+        memory: of each result and tensor kept, where it lies in eager: alike if they share memory, -1 if with an
+            argument, a parameter or a buffer.
         held: addresses of tensors that are neither parameters nor buffers and that the model's Python read.
         answers: numbers of tensors that the model's Python decided on; the program checks them (see branches.py).
     """
@@ -65,6 +69,7 @@ class Capture:
     kept: Mapping[Place, Spec] = field(default_factory=dict)
     answers: Answers = ()
     held: frozenset[int] = frozenset()
+    memory: tuple[int, ...] = ()
 
 
 class _Flat(nn.Module):
@@ -84,7 +89,7 @@ class _Flat(nn.Module):
         args, kwargs = self._in_spec.rebuild(iter(leaves))
         before, given = Attributes.of(self.model), contents((args, kwargs))
         decisions = Decisions(self._answers)
-        with keeping_buffers(self.model), decisions if self._answers else nullcontext():
+        with keeping_buffers(self.model), pythons_own_functions(), decisions if self._answers else nullcontext():
             result = self._call(self.model, *args, **kwargs)
         if contents((args, kwargs)) != given:
             raise CaptureError("forward changes a list or dict that it was given; copy it first, and return the copy")
@@ -94,13 +99,20 @@ class _Flat(nn.Module):
         for place in [place for place, value in assigned.items() if not is_plain(value)]:
             parts, kept[place] = flatten(assigned.pop(place))
             tensors += parts
-        self._note((spec, assigned, kept))
+        outside = [*leaves, *self.model.parameters(), *self.model.buffers()]
+        self._note((spec, assigned, kept, _memory(tensors, outside)))
         return tuple(decisions.checked(tensors))
 
 
 Call = Callable[..., Any]  # (model, *args, **kwargs) -> result
-# Of the result, plain values that were assigned to attributes, and of tensors that were.
-_Noted = tuple[Spec, dict[Place, Any], dict[Place, Spec]]
+# Of the result, plain values that were assigned to attributes, of tensors that were, and where all these lie.
+_Noted = tuple[Spec, dict[Place, Any], dict[Place, Spec], tuple[int, ...]]
+
+
+def _memory(tensors: Sequence[torch.Tensor], outside: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """See :attr:`Capture.memory`."""
+    groups = {tensor.untyped_storage()._cdata: -1 for tensor in outside}
+    return tuple(groups.setdefault(tensor.untyped_storage()._cdata, place) for place, tensor in enumerate(tensors))
 
 
 def plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +157,7 @@ def capture(
         except DataDependentError:
             before.restore(model)
             with _explained(model):
-                answers = decisions_of(model, call, *in_spec.rebuild(iter([leaf.detach().clone() for leaf in leaves])))
+                answers = decisions_of(model, call, leaves, in_spec)
             if not answers:
                 raise
             captured = _capture(model, call, leaves, in_spec, answers)
@@ -181,21 +193,21 @@ def _capture(
     with _explained(model), recording(), refusing_what_export_drops(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
-            marking = marking_checkpoints() if trains else nullcontext()
-            with stand_ins(), functional_statistics(), explicit_casts(), without_export_reports(), marking:
+            marking = marking_checkpoints() if trains else GradModeOutside()
+            with stand_ins(), functional_statistics(), explicit_casts(flat, leaves), without_export_reports(), marking:
                 exported = torch.export.export(flat, tuple(leaves), strict=False)
         finally:
             before.restore(model)
         mark_gradient_stops(exported.graph_module)
         exported = exported.run_decompositions({})
-    out_spec, assigned, kept = noted[-1]
+    out_spec, assigned, kept, memory = noted[-1]
     names = [name for place, spec in kept.items() for name in spec.tree.leaf_paths(".".join(filter(None, place)))]
     canonical, tied = _canonical_names(model)
     graph, constants = import_exported(exported, in_spec.tree, out_spec.tree, canonical, names, trains)
     program = Program({"forward": graph}, in_spec.tree, out_spec.tree, tied, ("capture",))
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     held = frozenset(held.data_ptr() for held in exported.constants.values() if isinstance(held, torch.Tensor))
-    return Capture(program, in_spec, out_spec, trainable, constants, assigned, kept, answers, held)
+    return Capture(program, in_spec, out_spec, trainable, constants, assigned, kept, answers, held, memory)
 
 
 def _leave_tensors(model: nn.Module, captured: Capture) -> dict[Place, list[torch.Tensor]]:

@@ -23,6 +23,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 _OWNERS: dict[str, Any] = {}  # what each name was given to: a function, or an autograd.Function class
 _RULES: dict[str, Callable[..., Any]] = {}
 _APPLY = torch.autograd.Function.__dict__["apply"]
+_TORCHS_OWN = ("torch._", "torch.utils.checkpoint")  # classes inside torch.cond, custom ops, checkpoints: traced
 _WRAPPED: dict[str, Callable[..., Any]] = {}  # what ``opaque`` returned, found by name in the user's module
 _APPLY_LOCK = threading.RLock()
 _here = threading.local()  # other threads may run programs while this one captures
@@ -106,7 +107,7 @@ def recording() -> Iterator[None]:
     """While capturing: opaque functions and ``autograd.Function.apply`` are recorded, not traced."""
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if not capturing() or cls.__module__.startswith("torch._"):  # torch.cond has such a class inside
+        if not capturing() or cls.__module__.startswith(_TORCHS_OWN):
             return _APPLY.__get__(None, cls)(*args, **kwargs)
         return record(_enter(cls), args, kwargs)
 

@@ -105,12 +105,9 @@ def _multilabel_margin_loss(input: Tensor, target: Tensor, *args: Any, **kwargs:
     return result.reshape(()) if input.dim() < 2 else result
 
 
-_LINEAR_CROSS_ENTROPY = inspect.signature(functional.linear_cross_entropy)
-
-
 def _linear_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
     """Whole: the options say only in what pieces it is computed."""
-    given = _LINEAR_CROSS_ENTROPY.bind(*args, **kwargs)
+    given = inspect.signature(functional.linear_cross_entropy).bind(*args, **kwargs)
     given.arguments["options"] = None
     return functional.linear_cross_entropy(*given.args, **given.kwargs)
 
@@ -134,11 +131,12 @@ _IN_PLACE_OF = {
     torch._VF._pack_padded_sequence: _pack_padded_sequence,  # pyright: ignore  # made at run time
     functional.gaussian_nll_loss: _gaussian_nll_loss,
     functional.ctc_loss: _ctc_loss,
-    functional.linear_cross_entropy: _linear_cross_entropy,
     functional.multilabel_margin_loss: _multilabel_margin_loss,
     torch.ctc_loss: _ctc_loss,
     **linalg_data.IN_PLACE_OF,
 }
+if hasattr(functional, "linear_cross_entropy"):  # new in torch 2.13
+    _IN_PLACE_OF[functional.linear_cross_entropy] = _linear_cross_entropy
 
 
 class _Functions(TorchFunctionMode):

@@ -128,9 +128,10 @@ class OpDef:
         axes: ``node -> Axes``, or None if the op needs all its inputs whole.
         lower: ``(node, names of arguments) -> Python expression`` over ``torch`` and ``kernels``
             (``daggc.backend.kernels``); a tuple where the op has several outputs.
-        aten: ATen overload name, such as ``add.Tensor`` (``library::name.overload`` elsewhere) -> importer. An importer takes the builder and the
-            ATen op's arguments (tensors as Values, dtypes as IR names) and returns the Value or tuple of
-            Values (None where ATen gives an output that daggc does not have).
+        aten: ATen overload name, such as ``add.Tensor`` -> importer; ops of other libraries with their namespace,
+            ``library::name.overload``. An importer takes the builder and the ATen op's arguments (tensors as
+            Values, dtypes as IR names) and returns the Value or tuple of Values (None where ATen gives an output
+            that daggc does not have).
         samples: inputs and attributes that the op accepts.
         decompose: ``(builder, node, *inputs) -> outputs`` in simpler ops, where there is such a form.
         complex: what the VJP rule is worth where numbers are complex. Differentiation refuses a rule that is

@@ -28,7 +28,6 @@ from daggc.ops.build import (
     reshape,
     sum_dims,
     transpose,
-    zeros_like,
 )
 from daggc.ops.opdef import (
     AS_IT_IS,

@@ -110,6 +110,16 @@ def has_gradient(program: Program, wrt: Iterable[str]) -> bool:
     return any(p.kind in DIFFERENTIATED_OUTPUTS and p.value.name in active for p in program.forward.outputs)
 
 
+def reached(program: Program, outputs: Iterable[str]) -> frozenset[str]:
+    """Refs of the inputs of ``@forward`` that any of these outputs depends on differentiably."""
+    forward, wanted = program.forward, set(outputs)
+    after = {port.value.name for port in forward.outputs if port.ref in wanted}
+    for node in reversed(forward.nodes):
+        if REGISTRY[node.op].vjp is not NOT_DIFFERENTIABLE and any(value.name in after for value in node.outputs):
+            after.update(value.name for value in node.inputs if value.type.differentiable)
+    return frozenset(port.ref for port in forward.inputs if port.value.name in after)
+
+
 def _unused(refs: set[str], kind: str, target: str) -> str:
     """A target whose ref is new; a second derivative's cotangents get a prime."""
     while f"{kind}:{target}" in refs:

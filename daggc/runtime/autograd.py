@@ -12,7 +12,7 @@ import torch
 from daggc.frontend.dtypes import TO_TORCH
 from daggc.ir.graph import Program
 from daggc.passes.dce import eliminate
-from daggc.passes.vjp import counterparts, has_gradient, joined, vjp
+from daggc.passes.vjp import counterparts, has_gradient, joined, reached, vjp
 from daggc.runtime.executor import Executor
 
 # (program with @forward only, refs to differentiate with respect to: none for inference, None for all) -> executor
@@ -26,6 +26,7 @@ class Differentiable:
         self.executor = make_executor(primal, wrt)
         self.program = program = self.executor.program
         self._primal, self._wrt, self._make_executor = primal, wrt, make_executor
+        self._reached: dict[tuple[bool, ...], frozenset[int]] = {}
         self.outputs = primal.forward.outputs
         inputs = {port.ref: place for place, port in enumerate(primal.forward.inputs)}
         outputs = {port.ref: place for place, port in enumerate(self.outputs)}
@@ -52,6 +53,15 @@ class Differentiable:
         kept = tuple(port for port in joint.forward.outputs if port.ref in gradients)
         program = joint.with_graphs(eliminate(replace(joint.forward, outputs=kept)), provenance="gradients")
         return Differentiable(program, None, self._make_executor) if has_gradient(program, _floats(program)) else None
+
+    def reached_from(self, given: tuple[bool, ...]) -> frozenset[int]:
+        """Places of the inputs that have a gradient, rather than none, where only these outputs have a cotangent."""
+        if given not in self._reached:
+            outputs = [port.ref for port, is_given in zip(self.outputs, given, strict=True) if is_given]
+            refs = reached(self._primal, outputs)
+            inputs = enumerate(self._primal.forward.inputs)
+            self._reached[given] = frozenset(place for place, port in inputs if port.ref in refs)
+        return self._reached[given]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Outputs in the order of ``self.outputs``; gradients flow to the inputs."""
@@ -94,7 +104,8 @@ class _Run(torch.autograd.Function):
         else:
             handle = residuals if ctx.handle is None else ctx.handle
             gradients = function.executor.backward(handle, inputs, given)
-        by_place = dict(zip(function.gradient_places, gradients, strict=True))
+        known = function.reached_from(tuple(ct is not None for ct in cotangents))
+        by_place = {place: x for place, x in zip(function.gradient_places, gradients, strict=True) if place in known}
         return (None, *(by_place.get(place) for place in range(ctx.count)))
 
 

@@ -47,10 +47,15 @@ class Batch:
     def signature(self) -> tuple[Any, ...]:
         """What a captured program of a microbatch depends on, but for the number of samples."""
         shapes = tuple(
-            (leaf.dtype, leaf.shape[1:] if batched else leaf.shape, batched)
+            (leaf.dtype, leaf.shape[1:] if batched else leaf.shape, strides_of(leaf), batched)
             for leaf, batched in zip(self.leaves, self.batched, strict=True)
         )
         return str(self.spec.tree), shapes
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """How a tensor lies in memory, which a model's Python and views see; () if it is contiguous."""
+    return () if tensor.is_contiguous() else tensor.stride()
 
 
 def read_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:

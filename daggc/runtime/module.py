@@ -15,6 +15,7 @@ from torch import nn
 from daggc.errors import CaptureError, RunError
 from daggc.frontend.autocast import autocast_state
 from daggc.frontend.branches import Answers, decisions_of
+from daggc.frontend.effects import is_plain
 from daggc.frontend.export import Capture, capture, plain_call
 from daggc.frontend.pytree import Spec, flatten
 from daggc.ir.graph import Port, Program
@@ -23,6 +24,7 @@ from daggc.passes.manager import pipeline, run
 from daggc.passes.vjp import has_gradient
 from daggc.plan.plan import Plan
 from daggc.runtime.autograd import Differentiable, MakeExecutor
+from daggc.runtime.batch import strides_of
 from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor
 from daggc.runtime.lazy import Pullback, lazy_call, lazy_vjp
@@ -66,7 +68,7 @@ class CompiledModule(nn.Module):
 
     It shares parameters, buffers and submodules with the model, so ``parameters()``, ``state_dict()``,
     ``to()`` and any ``torch.optim`` see the model's own. It is captured at its first call, and again for each
-    new signature: shapes and dtypes of tensors, values of other arguments, train or eval mode and plain
+    new signature: shapes, strides and dtypes of tensors, values of other arguments, train or eval mode and plain
     attributes (numbers, flags) of each module, which parameters require gradients, the autocast around the call.
     The 16 used last are kept.
     What a model reads elsewhere (a config object, a global) is as it was at capture.
@@ -131,8 +133,8 @@ class CompiledModule(nn.Module):
 
     def _other_branch(self, entry: Entry, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:
         """The program of the same signature that is captured along the branch which these arguments take."""
-        args, kwargs = spec.rebuild(iter([leaf.detach().clone() for leaf in leaves]))
-        answers = decisions_of(self.model, plain_call, args, kwargs)
+        key = self._key(leaves, spec)  # before a capture sets attributes
+        answers = decisions_of(self.model, plain_call, leaves, spec)
         if answers not in entry.branches:
             args, kwargs = spec.rebuild(iter(leaves))
             new = self._build(capture(self.model, args, kwargs), entry.wants)
@@ -146,7 +148,7 @@ class CompiledModule(nn.Module):
                 )
                 entry.branches.pop(next(iter(entry.branches)))
             entry.branches[answers] = new
-        self._entries[self._key(leaves, spec)] = entry.branches[answers]
+        self._entries[key] = entry.branches[answers]
         return entry.branches[answers]
 
     def entry(self, leaves: Sequence[torch.Tensor], spec: Spec) -> Entry:
@@ -168,12 +170,11 @@ class CompiledModule(nn.Module):
         return (
             str(spec.tree),
             spec.fixed,
-            tuple((leaf.dtype, leaf.shape, leaf.layout) for leaf in leaves),
-            _wants(leaves),
+            tuple((leaf.dtype, leaf.shape, leaf.layout, strides_of(leaf), leaf.requires_grad) for leaf in leaves),
             torch.is_grad_enabled(),
             autocast_state(),
             tuple(_settings(module) for module in self.model.modules()),
-            tuple((parameter.dtype, parameter.requires_grad) for parameter in self.model.parameters()),
+            tuple((p.dtype, p.requires_grad, strides_of(p)) for p in self.model.parameters()),
         )
 
     def _build(self, captured: Capture, wants: Sequence[bool]) -> Entry:
@@ -302,10 +303,13 @@ class CompiledModule(nn.Module):
         found: dict[str, list[torch.Tensor]] = {}
         written: dict[str, torch.Tensor] = {}
         outputs = [port for port in forward.outputs if port.kind != "residual"]
+        given = [*leaves, *(fetch() for fetch in entry.fetch if fetch is not None)]
+        results = _apart(outputs, results, entry.captured.memory, given)
         for port, result in zip(outputs, results, strict=True):
             if port.kind == "buffer":
                 with torch.no_grad():
                     self.model.get_buffer(port.target).copy_(result)
+                written[port.value.name] = self.model.get_buffer(port.target)
             elif port.kind == "input":
                 written[port.value.name] = by_ref[port.ref].copy_(result)
             else:
@@ -313,16 +317,46 @@ class CompiledModule(nn.Module):
         kept = iter(found.get("attribute", ()))
         for (path, name), spec in entry.captured.kept.items():
             setattr(self.model.get_submodule(path), name, spec.rebuild(kept))
-        proper = zip(forward.outputs_of("output"), found.get("output", ()), strict=True)
-        return [written.get(port.value.name, result) for port, result in proper]
+        memory = entry.captured.memory
+        proper = zip(forward.outputs_of("output"), found.get("output", ()), memory, strict=False)
+        return [written.get(port.value.name, result) if group < 0 else result for port, result, group in proper]
+
+
+def _apart(
+    outputs: Sequence[Port], results: Sequence[torch.Tensor], memory: Sequence[int], given: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Results that share memory only where eager's do: ``x.clone()`` is the same value as x, but another tensor.
+
+    Args:
+        memory: of outputs and attributes, in the order of their ports; see :class:`Capture`.
+        given: the inputs of the program.
+    """
+    groups = {tensor.untyped_storage().data_ptr(): -1 for tensor in given if tensor.numel()}
+    order = [place for kind in ("output", "attribute") for place, port in enumerate(outputs) if port.kind == kind]
+    apart = list(results)
+    for place, group in zip(order, memory, strict=True):
+        result = results[place]
+        if result.numel() and groups.setdefault(result.untyped_storage().data_ptr(), group) != group:
+            apart[place] = result.clone()
+    return apart
 
 
 def _refuse_shared_memory(leaves: Sequence[torch.Tensor], entry: Entry) -> None:
-    """A write to an argument is seen by no other: raises RunError if eager's would be."""
-    if entry.program.forward.outputs_of("input"):
-        storages = [leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.numel()]
-        if len(set(storages)) < len(storages):
-            raise RunError("forward writes to an argument, and two arguments share memory; clone one of them")
+    """A write to an argument or buffer is seen by no other: raises RunError if eager's would be."""
+    forward = entry.program.forward
+    refs = {port.ref for port in forward.outputs_of("input", "buffer")}
+    if not refs:
+        return
+    given = iter(leaves)
+    storages: dict[int, list[Port]] = {}
+    for port, fetch in zip(entry.ports, entry.fetch, strict=True):
+        tensor = fetch() if fetch is not None else None if port.kind == "key" else next(given)
+        if tensor is not None and tensor.numel():
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(port)
+    for ports in storages.values():
+        if any(port.kind == "input" for port in ports) and len(ports) > 1 and any(port.ref in refs for port in ports):
+            names = " and ".join(f"{port.kind} {port.target!r}" for port in ports)
+            raise RunError(f"forward writes to one of {names}, which share memory; clone one of them")
 
 
 def _wants(leaves: Sequence[torch.Tensor]) -> tuple[bool, ...]:
@@ -331,12 +365,12 @@ def _wants(leaves: Sequence[torch.Tensor]) -> tuple[bool, ...]:
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What of a module's own, beside tensors, decides what its forward does: plain attributes and hooks."""
-    plain = (item for item in vars(module).items() if type(item[1]) in _PLAIN)
+    plain = ((name, type(x), x) for name, x in vars(module).items() if type(x) in _PLAIN and is_plain(x))
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (*plain, *(id(hook) for table in hooks for hook in table.values()))
 
 
-_PLAIN = frozenset({bool, int, float, str, type(None)})
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), tuple, torch.Size, torch.dtype, torch.device})
 
 
 def random_key() -> torch.Tensor:

@@ -223,5 +223,5 @@ def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:
     leaves: list[torch.Tensor] = []
     for leaf, batched in zip(batch.leaves, batch.batched, strict=True):
         repeats = -(-size // leaf.shape[0]) if batched else 1
-        leaves.append(torch.cat([leaf] * repeats)[:size] if batched else leaf)
+        leaves.append((torch.cat([leaf] * repeats) if repeats > 1 else leaf)[:size] if batched else leaf)
     return leaves

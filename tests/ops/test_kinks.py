@@ -11,8 +11,10 @@ from helpers import to_numpy, to_torch
 
 from daggc.backend.codegen import compile_graph
 from daggc.errors import DifferentiationError
-from daggc.interp import interpret
+from daggc.interp import decomposition, interpret, interpret_graph
 from daggc.ir.graph import Program
+from daggc.ir.types import TensorType
+from daggc.ops import REGISTRY
 from daggc.ops.opdef import NOT_DIFFERENTIABLE
 from daggc.passes.vjp import vjp
 from daggc.testing import OpSample, op_samples, random_direction, random_inputs, sample_graph, with_dtype
@@ -107,6 +109,46 @@ def by_autograd(sample: OpSample, inputs: dict, cotangents: dict, wrt: list[str]
     except (RuntimeError, NotImplementedError):
         return None
     return {ref: to_numpy(grad) for ref, grad in zip(wrt, grads, strict=True) if grad is not None}
+
+
+@pytest.mark.parametrize("op_sample", [sample for sample in SAMPLES if sample.op.decompose is not None], ids=str)
+def test_decompositions_at_kinks(op_sample: OpSample):
+    """A decomposition takes the side of a kink that the op takes."""
+    graph = sample_graph(op_sample)
+    parts = decomposition(graph.nodes[0])
+    shape = op_sample.sample.inputs[0].type.shape
+    pairs = np.array([(x, y) for x in NUMBERS for y in NUMBERS]).T
+    for start in range(0, pairs.shape[1], math.prod(shape)):
+        numbers = [np.resize(row[start : start + math.prod(shape)], shape) for row in pairs]
+        arrays = [
+            numbers[index % 2] if array.dtype.kind == "f" else array
+            for index, array in enumerate(random_inputs(graph).values())
+        ]
+        for got, wanted in zip(interpret_graph(parts, arrays), interpret_graph(graph, arrays), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-14, err_msg=f"{arrays}")
+
+
+@pytest.mark.parametrize("op", ["angle", "cdist"])
+def test_second_derivatives_at_zero_are_zero(op: str):
+    """Where the first derivative is set to zero: at 0, or of the distance of a point to itself."""
+    b = REGISTRY.builder("forward")
+    if op == "angle":
+        y, arrays = b.emit(op, b.input(TensorType("c128", (3,)), "input", "0")), [np.zeros(3, np.complex128)]
+    else:
+        points = [b.input(TensorType("f64", (2, 3)), "input", str(index)) for index in range(2)]
+        y, arrays = b.emit(op, *points, p=2.0), [np.ones((2, 3))] * 2
+    b.output(y, "output", "0")
+    first = vjp(Program({"forward": b.build()}))
+    inputs = {f"input:{index}": array for index, array in enumerate(arrays)}
+    second = vjp(first)
+    ports = [port for graph in (first, second) for port in graph.backward.inputs_of("cotangent")]
+    cotangents = random_direction(list({port.ref: port for port in ports}.values()), seed=1)
+    primal = {port.ref for port in first.backward.outputs}
+    found = interpret(second, {**inputs, **cotangents})
+    grads = {ref: array for ref, array in found.items() if ref.startswith("grad:") and ref not in primal}
+    assert grads
+    for ref, array in grads.items():
+        np.testing.assert_array_equal(array, np.zeros_like(array), err_msg=ref)
 
 
 @pytest.mark.parametrize("op_sample", SAMPLES, ids=str)

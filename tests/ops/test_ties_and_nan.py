@@ -35,6 +35,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logsumexp": lambda x: x.logsumexp(1),
     "std": lambda x: x.std(1),
     "var without freedom": lambda x: x.var(correction=12),
+    "var with freedom of one": lambda x: x.var(correction=11),
     "nanmean": lambda x: x.nanmean(1),
     "quantile": lambda x: x.quantile(0.4, 1),
     "nanquantile": lambda x: x.nanquantile(0.3),

@@ -68,8 +68,7 @@ def op_db(rows: Sequence[Row]) -> str:
             f"Left out, without such samples (each counts as a failure): {', '.join(opdb.LEFT_OUT)}.",
             f"### What falls short ({len(short)})",
             table(["entry", *opdb.COLUMNS, "reason"], cells),
-            f"### Through the door `torch.call` ({sum(doors.values())})",
-            ", ".join(f"`{door}`" for door in sorted(doors)) + ".",
+            "Through the door `torch.call`: " + (", ".join(f"`{door}`" for door in sorted(doors)) or "none") + ".",
             f"### Equal and wholly portable ({len(portable)})",
             ", ".join(portable) + ".",
         ]

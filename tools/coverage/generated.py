@@ -229,6 +229,7 @@ def report(rows: list[Row], seed: int, beside: bool) -> None:
         (FOLDER / "generated.json").write_text(
             json.dumps({"programs": programs, "counts": counts, "failures": failures} | compare(generated, models))
         )
+        (FOLDER / "generated.md").write_text(page(programs, counts, failures, table(generated, models)))
     for row in rows:
         if "counts" not in row:
             click.echo(f"\n{row['name']}: {row['reason']}")
@@ -236,6 +237,29 @@ def report(rows: list[Row], seed: int, beside: bool) -> None:
         show_failure(seed, found)
     click.echo(
         f"\n{len(failures)} of {programs} programs failed" if failures else "\nevery property holds of every program"
+    )
+
+
+def page(programs: int, counts: Counter[str], failures: Sequence[Row], histograms: str) -> str:
+    """The section of docs/coverage.md."""
+    lines = [f"{number:9,} {name}" for name, number in sorted(counts.items())]
+    found = [
+        f"* {row['property']}, program {row['number']}: {' '.join(row['message'].split())[:160]}" for row in failures
+    ]
+    return "\n".join(
+        [
+            "## Generated programs",
+            "",
+            f"{programs:,} programs, {len(failures)} failures. How often each property held, and what was not judged:",
+            "",
+            *["```", *lines, "```"],
+            "",
+            *(found and ["What failed:", "", *found, ""]),
+            "How rich they are, beside five models captured with their VJP:",
+            "",
+            *["```", *histograms.splitlines(), "```"],
+            "",
+        ]
     )
 
 

@@ -220,6 +220,7 @@ def report(rows: list[Row], by_key: dict[str, Mutant], known: dict[str, str], ex
             click.echo(f"stale explanation: a test catches {key}")
     detail = [{**row, "diff": diff(by_key[row["name"]]), "explained": known.get(row["name"], "")} for row in survivors]
     (FOLDER / "mutants.json").write_text(json.dumps({"rows": rows, "survivors": detail}, indent=1))
+    (FOLDER / "mutate.md").write_text(page(rows, known))
 
 
 def _shares(rows: Iterable[Row], what: str, known: dict[str, Any]) -> None:
@@ -233,6 +234,25 @@ def _shares(rows: Iterable[Row], what: str, known: dict[str, Any]) -> None:
         left = total[name] - caught[name] - explained[name]
         share = caught[name] / total[name]
         click.echo(f"{name:40} {total[name]:8} {caught[name]:8} {share:8.1%} {explained[name]:10} {left:6}")
+
+
+def page(rows: Sequence[Row], known: dict[str, str]) -> str:
+    """The section of docs/coverage.md."""
+    caught = sum(row["status"] != "survived" for row in rows)
+    survivors = [row["name"] for row in rows if row["status"] == "survived"]
+    return "\n".join(
+        [
+            "## Mutants: do tests notice wrong rules?",
+            "",
+            (
+                f"{len(rows)} small wrong changes to type rules, meanings, VJP rules, decompositions and passes; the "
+                f"tests catch {caught} ({caught / max(1, len(rows)):.0%}). The survivors, and why:"
+            ),
+            "",
+            *(f"* `{name}`: {known.get(name, 'not explained yet: a hole in the tests')}" for name in survivors),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ ROUGH = {
     "polygamma": 3e6,
     "zeta": 1e6,
     "ndtri": 100.0,
+    **dict.fromkeys(("bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1"), 1e5),
     "matrix_exp": 30.0,
 }  # roundings that torch's series are off by
 
@@ -267,9 +268,11 @@ def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> 
     values = {port.value.name: shaken(array) for port, array in zip(graph.inputs, arrays, strict=True)}
     for node in graph.nodes:
         results = evaluate_node(node, [values[value.name] for value in node.inputs])
-        narrow = max((EPS[v.type.dtype] for v in node.inputs if v.type.dtype in ("f16", "bf16")), default=0.0)
+        narrow = max(
+            (EPS[v.type.dtype] for v in node.inputs if v.type.dtype in ("f16", "bf16", "f32", "c64")), default=0.0
+        )
         for value, result in zip(node.outputs, results, strict=True):
-            # f32 statistics of bf16 numbers may have been rounded to bf16 on the way
+            # f32 statistics of bf16 numbers, or the f64 norm of f32 ones, may have been rounded on the way
             times = max(ROUGH.get(node.op, 1.0), narrow / EPS.get(value.type.dtype, 1.0))
             values[value.name] = result if node.op in (*MOVES, "cast") else shaken(result, times)
     return [values[port.value.name] for port in graph.outputs]

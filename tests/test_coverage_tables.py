@@ -1,0 +1,56 @@
+"""Rows of the coverage tables: a sample of torch's operator database, torch.nn and transformers; all of it is slow."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "coverage"))
+
+import modules
+import opdb
+import zoo
+from families import FAMILIES
+
+# Entries that fall short, and why; tools/opdb tells the same of all.
+REFUSED = {
+    **dict.fromkeys(("allclose", "equal", "item"), "a number of the data, and no tensor, is the result"),
+    **dict.fromkeys(("unique", "unique_consecutive"), "the shape hangs on the data"),
+    **dict.fromkeys(("sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse"), "sparse tensors"),
+    **dict.fromkeys(("chalf", "hash_tensor"), "a dtype that the IR does not have"),
+    "as_strided.partial_views": "memory outside of the tensor",
+}
+CUDA_ONLY = tuple(name for name in opdb.ENTRIES if name.startswith("jiterator"))
+FAST_FAMILIES = ("GPT2LMHeadModel", "T5ForConditionalGeneration", "Wav2Vec2ForCTC", "MixtralForCausalLM")
+
+
+def every(names: list[str], step: int) -> list[object]:
+    """All names; those that are not a multiple of ``step`` are slow."""
+    return [pytest.param(n, marks=() if i % step == 0 else pytest.mark.slow) for i, n in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", every([n for n in opdb.ENTRIES if n not in CUDA_ONLY], 20))
+def test_operators_equal_eager(name: str):
+    row = opdb.measure(name)
+    cells = {column: row.get(column) for column in opdb.COLUMNS if column != "portable"}
+    if name in REFUSED:
+        assert cells["forward"] == "refused", row
+    elif name in opdb.WRONG_IN_EAGER:
+        assert set(cells.values()) == {"equal", "differs"}, row
+    else:
+        assert set(cells.values()) <= {"equal", "none", None}, row
+
+
+@pytest.mark.parametrize("name", every(list(modules.ENTRIES), 8))
+def test_modules_equal_eager(name: str):
+    row = modules.measure(name)
+    assert not modules.falls_short(row), row
+
+
+@pytest.mark.parametrize("name", [pytest.param(f.name, marks=() if f.name in FAST_FAMILIES else pytest.mark.slow) for f in FAMILIES])  # fmt: skip  # noqa: E501 - one list
+def test_families_are_never_wrong(name: str):
+    row = zoo.measure(name)
+    verdicts = {row.get(mode) for mode in zoo.BY_NAME[name].modes}
+    assert verdicts <= ({"equal"} if name in FAST_FAMILIES else {"equal", "refused"}), row
