@@ -14,7 +14,7 @@ from daggc.ops import REGISTRY
 from daggc.ops.opdef import t
 
 ALONG = {"dims": (2,), "keepdim": False}
-RESIZED = {"mode": "nearest", "output_size": (6, 8), "scales": (0.0, 0.0), "align_corners": False, "antialias": False}
+RESIZED = {"filter": "linear", "output_size": (6, 8), "scales": None, "align_corners": False, "antialias": False}
 
 FREE: list[tuple[str, tuple[TensorType, ...], dict[str, Any], int]] = [  # and how many axes can be cut
     *((op, (t(2, 3, 4),), ALONG, 2) for op in ("amax", "amin", "prod", "logsumexp", "sum", "mean")),

@@ -56,7 +56,7 @@ def test_least_squares_tell_what_their_driver_knows(driver: str, rows: int, colu
     a, right = RNG.normal(size=(2, rows, columns)), RNG.normal(size=(2, rows, 1))
     b = REGISTRY.builder("one")
     values = [b.input(TensorType("f64", array.shape), "input", str(index)) for index, array in enumerate((a, right))]
-    for index, value in enumerate(REGISTRY.importers["linalg_lstsq.default"](b, *values, driver=driver)):
+    for index, value in enumerate(REGISTRY.importers["lstsq.default"](b, *values, driver=driver)):
         b.output(value, "output", str(index))
     wanted = torch.linalg.lstsq(to_torch(a), to_torch(right), driver=driver)
     for got, tensor in zip(interpret_graph(b.build(), [a, right]), wanted, strict=True):

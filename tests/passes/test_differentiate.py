@@ -262,3 +262,12 @@ def test_an_unused_cotangent_is_zero():
     results = interpret(program, {**inputs, "cotangent:output:0": np.ones(3)})
     np.testing.assert_array_equal(results["grad:param:w"], np.arange(3.0))
     assert "grad:param:w" not in interpret(program, inputs)
+
+
+def test_gradients_of_holomorphic_functions_are_conjugates_of_derivatives():
+    b = REGISTRY.builder("forward")
+    x = b.input(TensorType("c128", (3,)), "input", "0")
+    b.output(b.emit("real", b.emit("exp", b.emit("mul", x, x))), "output", "0")
+    numbers = np.array([1 + 2j, -0.5j, 0.3 - 1j])
+    results = interpret(vjp(Program({"forward": b.build()})), {"input:0": numbers, "cotangent:output:0": np.ones(3)})
+    assert_close(results["grad:input:0"], np.conj(2 * numbers * np.exp(numbers**2)))

@@ -118,6 +118,29 @@ def test_canonicalize_cancels_negations():
     assert ops(eliminate(simplify_nodes(two_negations()))) == ["exp", "exp", "add"]
 
 
+def test_canonicalize_drops_what_moves_nothing():
+    b = REGISTRY.builder("forward")
+    x = b.input(F32, "input", "0")
+    for op in ("mul_scalar", "div_scalar"):
+        x = b.emit(op, x, value=1.0)
+    x = b.emit("slice", b.emit("concat", x, dim=1), dim=1, start=0, end=3, step=1)
+    b.output(b.emit("mul_scalar", x, value=2.0), "output", "0")
+    graph = b.build()
+    assert ops(eliminate(simplify_nodes(graph))) == ["mul_scalar"]
+    same_meaning(Program({"forward": graph}), Program({"forward": simplify_nodes(graph)}))
+
+
+def test_cse_keeps_casts_apart_that_round_cotangents():
+    def casts(source: str) -> list[str]:
+        b = REGISTRY.builder("forward")
+        x = b.input(TensorType(source, (2,)), "input", "0")
+        b.output(b.emit("add", *(b.emit("cast", x, dtype="f32") for _ in range(2))), "output", "0")
+        return ops(merge_equal(b.build(), differentiated=False))
+
+    assert casts("f64") == ["cast", "cast", "add"]
+    assert casts("i64") == ["cast", "add"]
+
+
 def test_fold_computes_constants_exactly():
     b = REGISTRY.builder("forward")
     ones = b.emit("full", value=3, shape=(4,), dtype="i64")

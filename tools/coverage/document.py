@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+import model_zoo
 import modules
 import opdb
 import torch
-import zoo
 from results import FOLDER, ROOT, Row, Store
 
 HEAD = """# Coverage
@@ -98,7 +98,7 @@ def families(rows: Sequence[Row]) -> str:
         [
             "## Models: families of transformers",
             MODELS,
-            block(zoo.summary(rows)),
+            block(model_zoo.summary(rows)),
             table(["class", *columns[1:], "doors, or the reason"], cells),
         ]
     )
@@ -121,7 +121,7 @@ def main() -> None:
     found = {
         "opdb": kept("opdb", list(opdb.ENTRIES)),
         "modules": kept("modules", list(modules.ENTRIES)),
-        "zoo": kept("zoo", list(zoo.BY_NAME)),
+        "zoo": kept("zoo", list(model_zoo.BY_NAME)),
     }
     parts = [HEAD.rstrip(), f"Measured with torch {torch.__version__.split('+')[0]} on a CPU."]
     parts += [op_db(found["opdb"]), torch_nn(found["modules"]), families(found["zoo"]), *texts()]

@@ -62,10 +62,9 @@ class Follower:
 
     def _outputs(self, index: int, node: Node) -> Sequence[State]:
         states = [self.states[value.name] for value in node.inputs]
-        bad = [state for state in states if state.kind == "mixed"]
-        if bad:
-            first = min(bad, key=lambda state: state.mixing.index if state.mixing else -1)
-            return [first] * len(node.outputs)
+        problems = [state.mixing for state in states if state.mixing is not None]
+        if problems:
+            return [mixed(min(problems, key=lambda problem: problem.index))] * len(node.outputs)
         start = len(self.edits)
         results = self._follow(index, node, states)
         results = self._adjust_numbers(index, node, results)

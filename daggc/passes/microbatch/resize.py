@@ -36,10 +36,7 @@ def at_batch(forward: Graph, other: Graph, batched_inputs: Collection[str], batc
         values[port.value.name] = b.adopt(Port(value, port.kind, port.target))
     for node, twin in zip(forward.nodes, other.nodes, strict=True):
         inputs = [values[value.name] for value in node.inputs]
-        attrs = {
-            name: _attr(node, name, (value, twin.attrs[name]), sizes, batch, inputs)
-            for name, value in node.attrs.items()
-        }
+        attrs = {name: _attr(node, (value, twin.attrs[name]), sizes, batch) for name, value in node.attrs.items()}
         with b.at(node.path, node.source, node.origin):
             made = b.emit_many(node.op, *inputs, **attrs)
         for value, result, same in zip(node.outputs, made, twin.outputs, strict=True):
@@ -56,22 +53,13 @@ def _batches(graph: Graph, batched_inputs: Collection[str]) -> int:
     return next(port.value.type.shape[0] for port in graph.inputs_of("input") if port.target in batched_inputs)
 
 
-def _attr(
-    node: Node,
-    name: str,
-    pair: tuple[Attr, Attr],
-    sizes: tuple[int, int],
-    batch: int,
-    inputs: Sequence[Value],
-) -> Attr:
+def _attr(node: Node, pair: tuple[Attr, Attr], sizes: tuple[int, int], batch: int) -> Attr:
     """An attribute at the new batch size."""
     first, second = pair
     if str(first) == str(second):
         return first
     if isinstance(first, Dense) and isinstance(second, Dense):
         return _constant(node, first.numpy(), second.numpy(), sizes, batch)
-    if node.op == "slice" and name == "end":
-        return inputs[0].type.shape[node.attrs["dim"]]
     if isinstance(first, tuple):
         return _scaled(pair, sizes, batch, node)
     return _scaled(((first,), (second,)), sizes, batch, node)[0]
@@ -82,7 +70,7 @@ def _constant(node: Node, first: np.ndarray, second: np.ndarray, sizes: tuple[in
         raise IRError(_located(node, "a constant changes with the batch size"))
     shape = _scaled((first.shape, second.shape), sizes, batch, node)
     axis = counting_axis(first)
-    if axis is not None and first.shape[axis] != shape[axis]:
+    if axis is not None:
         counted = np.arange(shape[axis], dtype=first.dtype)
         index = counted.reshape(tuple(-1 if own == axis else 1 for own in range(first.ndim)))
         return Dense.of(np.broadcast_to(index, shape))

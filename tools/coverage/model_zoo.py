@@ -162,7 +162,7 @@ def main(models: tuple[str, ...], errors: bool, fresh: bool, jobs: int, shard: s
     def make(name: str) -> Row:
         return guarded(measure, name, SECONDS)
 
-    store = Store("zoo", fingerprint("zoo.py", "families.py", "judge.py"))
+    store = Store("zoo", fingerprint("model_zoo.py", "families.py", "judge.py"))
     if models:
         rows = [make(name) for name in models]
         click.echo("\n".join([*map(line, rows), *summary(rows)]))
