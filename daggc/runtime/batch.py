@@ -55,7 +55,9 @@ class Batch:
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """How a tensor lies in memory, which a model's Python and views see; () if it is contiguous."""
-    return () if tensor.is_contiguous() else tensor.stride()
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return ()
+    return tensor.stride()
 
 
 def read_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
