@@ -22,6 +22,14 @@ REFUSED = {
     **dict.fromkeys(("chalf", "hash_tensor"), "a dtype that the IR does not have"),
     "as_strided.partial_views": "memory outside of the tensor",
 }
+REFUSED_FAMILIES = {
+    "NystromformerForMaskedLM": "torch.export fails on its broadcast",
+    "SwitchTransformersForConditionalGeneration": "forward converts a module's parameters",
+    "RwkvForCausalLM": "writes under no_grad to what has a gradient, in eval mode",
+    "LevitForImageClassification": "keeps a cache in a dict, in eval mode",
+    "ViltForImagesAndTextClassification": "sizes of an image are numbers of the data",
+    "LlavaForConditionalGeneration": "its hidden states are not there while it is exported",
+}
 CUDA_ONLY = tuple(name for name in opdb.ENTRIES if name.startswith("jiterator"))
 FAST_FAMILIES = ("GPT2LMHeadModel", "T5ForConditionalGeneration", "Wav2Vec2ForCTC", "MixtralForCausalLM")
 
@@ -49,8 +57,22 @@ def test_modules_equal_eager(name: str):
     assert not modules.falls_short(row), row
 
 
-@pytest.mark.parametrize("name", [pytest.param(f.name, marks=() if f.name in FAST_FAMILIES else pytest.mark.slow) for f in FAMILIES])  # fmt: skip  # noqa: E501 - one list
-def test_families_are_never_wrong(name: str):
+def verdicts_of(row: dict[str, object]) -> set[object]:
+    return {row.get(mode) for mode in model_zoo.BY_NAME[str(row["name"])].modes}
+
+
+@pytest.mark.parametrize("name", FAST_FAMILIES)
+def test_some_families_equal_eager(name: str):
     row = model_zoo.measure(name)
-    verdicts = {row.get(mode) for mode in model_zoo.BY_NAME[name].modes}
-    assert verdicts <= ({"equal"} if name in FAST_FAMILIES else {"equal", "refused"}), row
+    assert verdicts_of(row) == {"equal"}, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_families_equal_eager_or_are_known_to_be_refused(name: str):
+    row = model_zoo.measure(name)
+    verdicts = verdicts_of(row)
+    if name in REFUSED_FAMILIES:
+        assert "refused" in verdicts and verdicts <= {"equal", "refused"}, row
+    else:
+        assert verdicts == {"equal"}, row

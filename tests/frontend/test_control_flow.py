@@ -122,7 +122,9 @@ def _(m: Any, x: torch.Tensor) -> Any:
 
 @case("map", x(5, 4))
 def _(m: Any, x: torch.Tensor) -> Any:
-    function: Any = lambda row: m.a(row).relu() * m.shift  # noqa: E731  # torch declares another type
+    def function(row: torch.Tensor) -> Any:
+        return m.a(row).relu() * m.shift
+
     return torch_map(function, x)
 
 

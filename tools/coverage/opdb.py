@@ -6,7 +6,7 @@ the NumPy interpreter, gradients, second derivatives. Random ops are compared in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,7 +200,8 @@ def columns(op: OpInfo, call: Call) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     try:
         leaves = [copied(x, None) for x in call.tensors]
-        program = compiled.entry(*flatten((tuple(leaves), {}))).program
+        entry = compiled.entry(*flatten((tuple(leaves), {})))
+        program = entry.program
     except Exception as wrong:
         verdict: Cell = ("refused", text_of(wrong)) if isinstance(wrong, CaptureError) else ("failed", text_of(wrong))
         return {"forward": verdict, "portable": ("no", "")}
@@ -212,7 +213,8 @@ def columns(op: OpInfo, call: Call) -> dict[str, Cell]:
     else:
         cells["forward"] = verdict_of(lambda: same(op, run(compiled, call, None, 0), eager[0], exactly[0], 0))
     if not doors and not random:
-        cells["interpreter"] = verdict_of(lambda: interpreted(op, program, call, eager[0], exactly[0]))
+        weights = daggc.weights_of(call, entry.captured)  # constants of the op itself
+        cells["interpreter"] = verdict_of(lambda: interpreted(op, program, call, weights, eager[0], exactly[0]))
     if random:
         cells["gradient"] = verdict_of(lambda: same_slope(call))
         return cells
@@ -271,13 +273,13 @@ def same(op: OpInfo, got: Run, eager: Run, exactly: Run | None, order: int) -> N
         judge.compare(f"{kinds[order]} {index}", a, b, c, least)
 
 
-def interpreted(op: OpInfo, program: Program, call: Call, eager: Run, exactly: Run | None) -> None:
+def interpreted(
+    op: OpInfo, program: Program, call: Call, weights: Mapping[str, torch.Tensor], eager: Run, exactly: Run | None
+) -> None:
     """The program by the NumPy interpreter."""
     tensors = iter(call.tensors)
     arrays = {port.ref: to_array(next(tensors)) for port in program.forward.inputs_of("input")}
-    entry_constants = {port.ref: port for port in program.forward.inputs_of("constant", "param", "buffer")}
-    if entry_constants:
-        return  # a constant tensor of the op itself: compared by the generated code
+    arrays |= {ref: to_array(tensor) for ref, tensor in weights.items()}
     results = daggc.interpret(program, arrays)
     outputs = [to_tensor(results[port.ref]) for port in program.forward.outputs_of("output")]
     same(op, Run(outputs), eager, exactly, 0)

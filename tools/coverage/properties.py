@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 import torch
 
@@ -26,6 +25,7 @@ from daggc.passes.split import join
 from daggc.passes.vjp import vjp
 from daggc.plan.device import cluster_of, cpu_device
 from daggc.plan.plan import plan_model
+from daggc.report.running import to_array, to_tensor
 from daggc.testing import finite_difference, inner, random_direction, random_inputs
 
 Arrays = Mapping[str, np.ndarray]
@@ -280,11 +280,11 @@ def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> 
 
 def autograd(graph: Graph, inputs: Arrays, cotangents: Arrays, wrt: Sequence[str]) -> dict[str, np.ndarray] | str:
     """Gradients of the generated code by torch, by ref; or why there are none."""
-    leaves = {port.ref: to_torch(inputs[port.ref]).requires_grad_(port.ref in wrt) for port in graph.inputs}
+    leaves = {port.ref: to_tensor(inputs[port.ref]).requires_grad_(port.ref in wrt) for port in graph.inputs}
     try:
         outputs = compile_graph(graph).function(torch.device("cpu"), *leaves.values())
         pairs = [
-            (output, to_torch(cotangents[port.ref]))
+            (output, to_tensor(cotangents[port.ref]))
             for port, output in zip(graph.outputs, outputs, strict=True)
             if port.ref in cotangents and output.requires_grad
         ]
@@ -295,21 +295,8 @@ def autograd(graph: Graph, inputs: Arrays, cotangents: Arrays, wrt: Sequence[str
         return "torch has no derivative"
     if any(grad is None for grad in found):
         return "torch has no derivative"
-    return {ref: to_numpy(grad) for ref, grad in zip(wrt, found, strict=True)}
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array, order="C"))
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    return {ref: to_array(grad) for ref, grad in zip(wrt, found, strict=True)}
 
 
 def run_torch(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [to_numpy(result) for result in compile_graph(graph)([to_torch(array) for array in arrays])]
+    return [to_array(result) for result in compile_graph(graph)([to_tensor(array) for array in arrays])]
