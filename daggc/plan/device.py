@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from daggc.errors import PlanError
@@ -24,6 +24,8 @@ class Device:
         memory: bytes.
         overhead: seconds that a task takes before and after its ops run (scheduling, bookkeeping).
         launch: seconds that an op takes however small it is.
+        host: the machine it is on; devices of one host share its cores, if :attr:`Cluster.cores` counts them.
+        threads: cores that it keeps busy while it computes; 0 for a GPU.
     """
 
     name: str
@@ -33,14 +35,18 @@ class Device:
     memory: float
     overhead: float = 1e-3
     launch: float = 5e-6
+    host: str = ""
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanError(f"device {self.name!r}: a kind is one of {', '.join(KINDS)}, got {self.kind!r}")
         if "elementwise" not in self.flops:
             raise PlanError(f"device {self.name!r}: flops must name at least the op class 'elementwise'")
-        if min(*self.flops.values(), self.bandwidth, self.memory) <= 0 or min(self.overhead, self.launch) < 0:
-            raise PlanError(f"device {self.name!r}: rates and memory are positive, overheads not negative")
+        if min(*self.flops.values(), self.bandwidth, self.memory) <= 0:
+            raise PlanError(f"device {self.name!r}: rates and memory are positive")
+        if min(self.overhead, self.launch, self.threads) < 0:
+            raise PlanError(f"device {self.name!r}: overheads and threads are not negative")
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
 
     def rate(self, op_class: str) -> float:
@@ -48,19 +54,11 @@ class Device:
         return self.flops.get(op_class, self.flops["elementwise"])
 
     def __reduce__(self) -> tuple[type[Device], tuple[object, ...]]:
-        fields = self.name, self.kind, dict(self.flops), self.bandwidth, self.memory, self.overhead, self.launch
-        return Device, fields
+        return Device, tuple(self.to_json().values())
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "flops": dict(self.flops),
-            "bandwidth": self.bandwidth,
-            "memory": self.memory,
-            "overhead": self.overhead,
-            "launch": self.launch,
-        }
+        """Plain data; ``Device(**data)`` makes it again."""
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "flops": dict(self.flops)}
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,14 @@ class Cluster:
     Attributes:
         link: between any two devices that ``links`` does not name.
         links: by pair of names, the same both ways.
+        cores: by host: how many cores its devices, and the links that end there, share; a host that is not named
+            has enough for all.
     """
 
     devices: tuple[Device, ...]
     link: Link = Link()
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    cores: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", tuple(self.devices))
@@ -121,6 +122,7 @@ class Cluster:
             "devices": [device.to_json() for device in self.devices],
             "link": [self.link.latency, self.link.bandwidth],
             "links": [[*pair, link.latency, link.bandwidth] for pair, link in sorted(self.links.items())],
+            "cores": dict(self.cores),
         }
 
 
@@ -135,7 +137,7 @@ def cpu_device(index: int = 0, memory: float = 8e9) -> Device:
 
 def gpu_device(index: int = 0, memory: float = 16e9) -> Device:
     """``gpu:index``: an ordinary data-centre GPU, numbers in f32."""
-    return Device(f"gpu:{index}", "cuda", _GPU, 8e11, memory, overhead=1e-3, launch=1e-5)
+    return Device(f"gpu:{index}", "cuda", _GPU, 8e11, memory, overhead=1e-3, launch=1e-5, threads=0)
 
 
 def cluster_of(devices: Sequence[Device], link: Link | None = None) -> Cluster:
