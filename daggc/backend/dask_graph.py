@@ -104,6 +104,7 @@ def emit(
     *,
     context: Mapping[str, Any] | None = None,
     update: Callable[..., Any] | None = None,
+    read: Callable[..., Any] | None = None,
     after: Mapping[str, Found] | None = None,
 ) -> Emission:
     """Emit a placed graph of calls and transfers.
@@ -116,12 +117,15 @@ def emit(
         context: for each device, what its tasks are handed, such as the id and version of the state they read.
         update: the entry point of the task that commits, on each device, new ``param``, ``state`` and
             ``buffer`` outputs to its store; without it they are results as others are.
+        read: the entry point of a task that gives values of the store to another device:
+            ``read(refs, context, *dependencies)``; without it they may not move.
         after: for each device, a task that must end before any task there that reads the store begins.
 
     Raises:
-        PlanError: an input has no source, or a resident value would have to move.
+        PlanError: an input has no source, or a resident value would have to move and there is no ``read``.
     """
-    emitter = _Emitter(graph, program, token, run, context or {}, after or {}, set(COMMITTED) if update else set())
+    committed: set[str] = set(COMMITTED) if update else set()
+    emitter = _Emitter(graph, program, token, run, read, context or {}, after or {}, committed)
     emitter.inputs(inputs)
     for position, node in enumerate(graph.nodes):
         emitter.node(position, node)
@@ -156,17 +160,19 @@ class _Emitter:
         program: str,
         token: str,
         run: Callable[..., Any],
+        read: Callable[..., Any] | None,
         context: Mapping[str, Any],
         after: Mapping[str, Found],
         committed: set[str],
     ) -> None:
         self.graph, self.program, self.token = graph, program, token
-        self.run, self.context, self.after = run, context, after
+        self.run, self.read, self.context, self.after = run, read, context, after
         self.result = Emission()
         self.found: dict[str, Source] = {}
         self.keys: dict[str, str] = {}  # name of a call's task attribute -> its key
         self.commits = {port.value.name: port for port in graph.outputs if port.kind in committed}
         self.deferred: dict[str, list[Node]] = {}  # device -> calls that update its store
+        self.fetched: dict[str, Found] = {}  # transfer of a value of a store -> its result
 
     def inputs(self, inputs: Mapping[str, Source]) -> None:
         for port in self.graph.inputs:
@@ -176,15 +182,46 @@ class _Emitter:
 
     def node(self, position: int, node: Node) -> None:
         if node.op == "transfer":
-            self.found[node.output.name] = _send(
-                self.result, node, self.found[node.inputs[0].name], self.token, position
-            )
+            self.found[node.output.name] = self.transfer(position, node)
         elif node.op != "call":
             raise PlanError(f"@{self.graph.name}: a placed graph holds calls and transfers, got {node.op}")
         elif any(self._updates(value.name) for value in node.outputs):
             self.deferred.setdefault(str(node.attrs["device"]), []).append(node)
         else:
             self.call(position, node)
+
+    def transfer(self, position: int, node: Node) -> Found:
+        source = self.found[node.inputs[0].name]
+        if isinstance(source, Resident):
+            if node.output.name not in self.fetched:
+                self.fetch(position, node)
+            return self.fetched[node.output.name]
+        if source.index is None:
+            return source  # a task's whole result: Dask moves it by itself
+        return add_pick(self.result, source, str(node.inputs[0].type.device), self.token, position)
+
+    def fetch(self, position: int, first: Node) -> None:
+        """Add a task whose result is all that one call needs of another device's store: one message, not one each."""
+        if self.read is None:
+            raise PlanError(f"{first.inputs[0]} lives in a worker's store and would have to move")
+        device = str(first.inputs[0].type.device)
+        reader = next((node for node in self.graph.nodes if first.output in node.inputs), first)
+        wanted = {value.name for value in reader.inputs}
+        together = {
+            node.output.name: self.found[node.inputs[0].name]
+            for node in self.graph.nodes[position:]
+            if node.op == "transfer"
+            and (node is first or node.output.name in wanted)
+            and node.output.name not in self.fetched
+            and isinstance(self.found.get(node.inputs[0].name), Resident)
+            and str(node.inputs[0].type.device) == device
+        }
+        dependencies = [TaskRef(self.after[device].key)] if device in self.after else []
+        key = f"daggc.fetch-{self.token}-{position}"
+        refs = tuple(source.ref for source in together.values() if isinstance(source, Resident))
+        task = Task(key, self.read, refs, self.context.get(device), *dependencies)
+        self.add(key, task, device, -position)
+        self.fetched.update((name, Found(key, index)) for index, name in enumerate(together))
 
     def _updates(self, name: str) -> bool:
         """Whether a value is a new parameter or optimizer state (new buffers come out of forward calls)."""
@@ -269,15 +306,6 @@ class _Emitter:
             if isinstance(source, Resident):
                 raise PlanError(f"@{self.graph.name}: output {port.ref!r} is a resident value as it is")
             self.result.outputs[port.ref] = source
-
-
-def _send(result: Emission, node: Node, source: Source, token: str, position: int) -> Found:
-    """Add the task that picks a value out of a call's result, on the worker that has it."""
-    if isinstance(source, Resident):
-        raise PlanError(f"{node.inputs[0]} lives in a worker's store and would have to move: {source.ref}")
-    if source.index is None:
-        return source  # a task's whole result: Dask moves it by itself
-    return add_pick(result, source, str(node.inputs[0].type.device), token, position)
 
 
 def add_pick(result: Emission, source: Found, device: str, token: str, position: int) -> Found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 from daggc.errors import PlanError
@@ -116,6 +116,11 @@ class Cluster:
         if source == target:
             return Link(0.0, float("inf"))
         return self.links.get((source, target)) or self.links.get((target, source)) or self.link
+
+    def part(self, names: Sequence[str]) -> Cluster:
+        """Some of the devices, in this order, and the links between them."""
+        links = {pair: link for pair, link in self.links.items() if set(pair) <= set(names)}
+        return replace(self, devices=tuple(self.device(name) for name in names), links=links)
 
     def to_json(self) -> dict[str, object]:
         return {

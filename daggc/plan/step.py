@@ -8,6 +8,15 @@ For 2 stages on two devices and 2 microbatches (F forward, B backward, U update;
 
 Before the forwards, totals of the batch that the loss divides by (:mod:`daggc.passes.microbatch`) are counted from
 the data; before the updates, the global norm of the gradients, where they are clipped.
+
+A stage may have replicas, one on each of several devices, which take the microbatches in turn. Each replica adds up
+the gradients of its own microbatches. Every parameter has its home at one replica, with its optimizer state: there
+the replicas' sums are added (R) and the update runs (as in ZeRO-1, so that neither state nor updates are doubled),
+and from there the other replicas get its new value when the next step begins.
+
+    F0.0 -> F1.0 -> B1.0 -> B0.0 -.            stage 0 on devices a and b, stage 1 on c
+    F0.1 -> F1.1 -> B1.1 -> B0.1 -+-> R0 -> U0     (a has the home of one half of the parameters,
+                                  `-> R0/1 -> U0/1  b of the other)
 """
 
 from __future__ import annotations
@@ -25,65 +34,18 @@ from daggc.ops.call import declare
 from daggc.ops.optim import SCALAR
 from daggc.plan import bodies as make
 from daggc.plan.bodies import Group, state_target
+from daggc.plan.part import FRACTION, TOTAL, Part, Step, check_parts
 from daggc.plan.place import place
 from daggc.plan.schedule import Schedule, Task, schedule_named
 
-FRACTION, TOTAL = "fraction", "total:"
 _SHARED = ("param", "buffer", "constant")
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one microbatch of a certain size runs, before placement.
-
-    Attributes:
-        main: the graph of calls that ``outline`` made of the joint graph.
-        bodies: by name.
-        denominators: see :class:`daggc.passes.microbatch.Microbatched`.
-        batched_inputs: targets of the inputs that each microbatch has its own part of.
-        loss: target of the loss.
-    """
-
-    main: Graph
-    bodies: Mapping[str, Graph]
-    denominators: Graph | None = None
-    batched_inputs: tuple[str, ...] = ()
-    loss: str = "0"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step.
-
-    Attributes:
-        program: the graph ``step`` and the bodies of its calls.
-        schedule: the order that its calls are in.
-        sizes: samples of each microbatch.
-    """
-
-    program: Program
-    schedule: Schedule
-    sizes: tuple[int, ...]
-
-    @property
-    def graph(self) -> Graph:
-        return self.program["step"]
-
-    def __str__(self) -> str:
-        lines = [f"step of {len(self.sizes)} microbatches of {', '.join(map(str, self.sizes))} samples"]
-        for device in dict.fromkeys(node.attrs["device"] for node in self.graph.nodes if node.op == "call"):
-            tasks = [n.attrs["task"] for n in self.graph.nodes if n.op == "call" and n.attrs["device"] == device]
-            lines.append(f"  {device}: {' '.join(tasks)}")
-        moved = [node for node in self.graph.nodes if node.op == "transfer"]
-        lines.append(f"  {len(moved)} transfers, {sum(node.output.type.nbytes for node in moved):,} bytes")
-        return "\n".join(lines)
 
 
 def step_graph(
     parts: Mapping[int, Part],
     sizes: Sequence[int],
     groups: Sequence[Group],
-    devices: Sequence[str],
+    devices: Sequence[str | Sequence[str]],
     *,
     schedule: str = "1f1b",
     clip: bool = False,
@@ -96,11 +58,12 @@ def step_graph(
         parts: what a microbatch runs, by its number of samples.
         sizes: samples of each microbatch, in order; each is a key of ``parts``.
         groups: the optimizer's parameter groups. Parameters without a gradient are left alone, as torch does.
-        devices: the device of each stage.
+        devices: the device of each stage, or of each of its replicas.
         schedule: ``gpipe`` or ``1f1b``.
         clip: multiply gradients by ``min(max norm / (global norm + 1e-6), 1)``.
         chain_buffers: each microbatch reads the buffers that the one before it left. Where the cut of the batch
-            is exact, buffers do not depend on the samples, and False gives what one whole batch would.
+            is exact, buffers do not depend on the samples, and False gives what one whole batch would. Each
+            replica of a stage passes on its own, and the step leaves the first one's.
         donate: optimizer state may be updated in place.
 
     Returns:
@@ -130,6 +93,9 @@ class _Microbatch:
     calls: dict[tuple[int, str], Node] = field(default_factory=dict)
 
 
+_Parameter = tuple[Port, Group]
+
+
 class _Assembly:
     """The step under construction, unplaced until the end."""
 
@@ -138,22 +104,21 @@ class _Assembly:
         parts: Mapping[int, Part],
         sizes: tuple[int, ...],
         groups: Sequence[Group],
-        devices: Sequence[str],
+        devices: Sequence[str | Sequence[str]],
         schedule: str,
         clip: bool,
         chain_buffers: bool,
         donate: bool,
     ) -> None:
-        _check_parts(parts, sizes, devices)
+        check_parts(parts, sizes, len(devices))
         self.b = REGISTRY.builder("step")
         self.bodies: dict[str, Graph] = {}
         self.clip, self.chain, self.donate = clip, chain_buffers, donate
-        self.devices = tuple(devices)
-        used = {device: index for index, device in enumerate(dict.fromkeys(devices))}
+        self.replicas = tuple((own,) if isinstance(own, str) else tuple(own) for own in devices)
+        self.device_of: dict[str, str] = {}  # task -> device
         first = parts[sizes[0]]
         split = any(node.attrs["phase"] == "weight_grad" for part in parts.values() for node in part.main.nodes)
-        order = [used[device] for device in devices]
-        self.schedule = schedule_named(schedule)(len(devices), len(sizes), order, split_backward=split)
+        self.schedule = _schedule(schedule, self.replicas, len(sizes), split)
         self.sizes = sizes
         names = {size: "" if len(parts) == 1 else f".x{size}" for size in parts}
         self.microbatches = [_Microbatch(k, parts[size], names[size]) for k, size in enumerate(sizes)]
@@ -163,8 +128,9 @@ class _Assembly:
         self.loss_stage = int(self._maker(self._loss_port(first)).attrs["stage"])
         self.inputs: dict[str, Value] = {}
         self.homes: dict[str, str] = {}
-        self.gradients: dict[str, Value] = {}  # parameter -> its gradient so far
-        self.added: dict[str, int] = {}  # parameter -> microbatches whose gradient is in that sum
+        self.gradients: dict[tuple[str, int], Value] = {}  # parameter and replica -> its gradient so far
+        self.added: dict[tuple[str, int], int] = {}  # likewise: the last microbatch whose gradient is in that sum
+        self.owner = self._owners()
         self.plain: dict[str, Graph] = {}
         self.after = _credit_edges(self.schedule)
 
@@ -199,6 +165,22 @@ class _Assembly:
                 found[name] = port, group_of[name], int(self._maker(gradient).attrs["stage"])
         return found
 
+    def _owners(self) -> dict[str, int]:
+        """The replica of its stage that each updated parameter has its home at: about as many bytes for each."""
+        owners: dict[str, int] = {}
+        loads = [[0] * len(own) for own in self.replicas]
+        for name, (port, _, stage) in sorted(self.updated.items(), key=lambda item: -item[1][0].value.type.nbytes):
+            owners[name] = loads[stage].index(min(loads[stage]))
+            loads[stage][owners[name]] += port.value.type.nbytes
+        return owners
+
+    def _replica(self, stage: int, microbatch: int) -> int:
+        return microbatch % len(self.replicas[stage])
+
+    def _home(self, name: str) -> str:
+        """The device where an updated parameter and its optimizer state live."""
+        return self.replicas[self.updated[name][2]][self.owner[name]]
+
     # --- inputs ---------------------------------------------------------------------------------------
 
     def _input(self, type_: TensorType, kind: str, target: str, name: str, device: str = "") -> Value:
@@ -216,13 +198,12 @@ class _Assembly:
         """Ports in an order that is good to read; parameters live where their updates run."""
         for port in self.first.main.inputs:
             if port.kind in _SHARED:
-                home = self.devices[self.updated[port.target][2]] if port.target in self.updated else ""
-                home = home if port.kind == "param" else ""
+                home = self._home(port.target) if port.kind == "param" and port.target in self.updated else ""
                 self._input(port.value.type, port.kind, port.target, port.value.name, home)
-        for name, (port, group, stage) in self.updated.items():
+        for name, (port, group, _) in self.updated.items():
             for state in group.states:
                 target = state_target(state, name)
-                self._input(port.value.type, "state", target, f"{state}_{port.value.name}", self.devices[stage])
+                self._input(port.value.type, "state", target, f"{state}_{port.value.name}", self._home(name))
         for microbatch in self.microbatches:
             for port in microbatch.part.main.inputs:
                 if port.kind != "cotangent" and not (port.kind == "scalar" and port.target.startswith(TOTAL)):
@@ -250,9 +231,11 @@ class _Assembly:
         stage: int,
         phase: str,
         path: str = "",
+        replica: int = 0,
         **more: Attr,
     ) -> tuple[Value, ...]:
         self.bodies.setdefault(body.name, body)
+        self.device_of[task] = self.replicas[stage][replica]
         types = [port.value.type for port in body.outputs]
         attrs = Attrs({**declare(types), "callee": body.name, "stage": stage, "phase": phase, "task": task, **more})
         outputs = tuple(Value(name, type_) for name, type_ in zip(names, types, strict=True))
@@ -270,7 +253,10 @@ class _Assembly:
             inputs = [self._own_input(microbatch, port) for port in body.inputs]
             names = [f"denominator_{port.target}_{microbatch.index}" for port in body.outputs]
             task, index = f"D.{microbatch.index}", microbatch.index
-            counts.append(self._call(body, inputs, names, task, self.loss_stage, "prepare", microbatch=index))
+            replica = self._replica(self.loss_stage, index)
+            counts.append(
+                self._call(body, inputs, names, task, self.loss_stage, "prepare", replica=replica, microbatch=index)
+            )
         if not counts:
             return
         if len(counts) != len(self.microbatches):
@@ -315,15 +301,17 @@ class _Assembly:
         part, values = microbatch.part, microbatch.values
         body = part.bodies[str(node.attrs["callee"])]
         reads = [v for v, port in zip(node.inputs, body.inputs, strict=True) if port.kind != "cotangent"]
+        replica = self._replica(task.stage, task.microbatch)
         shared = self._gradient_params(part)
         sums = [at for at, value in enumerate(node.outputs) if value.name in shared]
-        sums_so_far = [self.gradients.get((shared[node.outputs[at].name])[0]) for at in sums]
-        first = microbatch.index == 0
-        params = [name for at in sums for name in shared[node.outputs[at].name]]
-        behind = any(self.added.get(name, 0) != microbatch.index for name in params)
+        sums_so_far = [self.gradients.get((shared[node.outputs[at].name][0], replica)) for at in sums]
+        before = task.microbatch - len(self.replicas[task.stage])  # the replica's microbatch before this one
+        first = before < 0
+        params = [(name, replica) for at in sums for name in shared[node.outputs[at].name]]
+        behind = any(self.added.get(key, -1) != max(before, -1) for key in params)
         if behind or any(value.name not in values for value in reads):
             return False
-        self.added.update(dict.fromkeys(params, microbatch.index + 1))
+        self.added.update(dict.fromkeys(params, task.microbatch))
         name = f"{body.name}{microbatch.suffix}"
         if name not in self.plain:
             self.plain[name] = make.with_loss_cotangent(body, name, part.loss)
@@ -339,13 +327,13 @@ class _Assembly:
         after = tuple(name for name in map(str, self.after.get(task, ())) if name in exist)
         names = [f"{node.outputs[at].name}_{microbatch.index}" for at in (kept if first else [*kept, *sums])]
         results = self._call(
-            body, inputs, names, str(task), task.stage, task.phase, node.path,
+            body, inputs, names, str(task), task.stage, task.phase, node.path, replica,
             microbatch=microbatch.index, **({"after": after} if after else {}),
         )  # fmt: skip
         for at, value in zip(kept, results, strict=False):
             values[node.outputs[at].name] = value
         for at, value in zip(sums, [results[at] for at in sums] if first else results[len(kept) :], strict=True):
-            self.gradients.update(dict.fromkeys(shared[node.outputs[at].name], value))
+            self.gradients.update(dict.fromkeys([(name, replica) for name in shared[node.outputs[at].name]], value))
         self._pass_buffers(microbatch)
         return True
 
@@ -360,52 +348,91 @@ class _Assembly:
 
     def _pass_buffers(self, microbatch: _Microbatch) -> None:
         """Give new values of buffers to the next microbatch, as soon as they are there."""
-        if not self.chain or microbatch.index + 1 == len(self.microbatches):
+        if not self.chain:
             return
-        following = self.microbatches[microbatch.index + 1]
         for port in microbatch.part.main.outputs_of("buffer"):
             value = microbatch.values.get(port.value.name)
+            after = microbatch.index + len(self.replicas[self._stage_of(port)])
+            if value is None or after >= len(self.microbatches):
+                continue
+            following = self.microbatches[after]
             for other in following.part.main.inputs_of("buffer"):
-                if other.target == port.target and value is not None:
+                if other.target == port.target:
                     following.values[other.value.name] = value
 
     def _withhold_buffers(self) -> None:
-        """Microbatches after the first wait for the buffers that the one before them changes."""
+        """Microbatches after a replica's first wait for the buffers that the one before them changes."""
         if not self.chain:
             return
-        changed = {port.target for port in self.first.main.outputs_of("buffer")}
-        for microbatch in self.microbatches[1:]:
+        changed = {port.target: len(self.replicas[self._stage_of(port)]) for port in self._new_buffers()}
+        for microbatch in self.microbatches:
             for port in microbatch.part.main.inputs_of("buffer"):
-                if port.target in changed:
+                if microbatch.index >= changed.get(port.target, len(self.microbatches)):
                     del microbatch.values[port.value.name]
+
+    def _new_buffers(self) -> tuple[Port, ...]:
+        return tuple(port for port in self.first.main.outputs_of("buffer") if port.value.name in self.makers)
+
+    def _stage_of(self, port: Port) -> int:
+        """The stage that makes a buffer's new value; 0 for one that is an input as it is."""
+        maker = self.makers.get(port.value.name)
+        return int(maker.attrs["stage"]) if maker else 0
 
     # --- after the last backward ----------------------------------------------------------------------
 
-    def _clip(self, stages: Mapping[int, list[tuple[Port, Group]]]) -> tuple[Value, Value] | None:
+    def _reduce(self, stage: int, owner: int, params: Sequence[_Parameter]) -> list[Value]:
+        """The gradients of parameters at their home: the sums of the stage's replicas, added in order."""
+        names = [port.target for port, _ in params]
+        groups = [
+            [self.gradients[name, replica] for name in names]
+            for replica in range(len(self.replicas[stage]))
+            if (names[0], replica) in self.gradients
+        ]
+        if len(groups) == 1:
+            return groups[0]
+        body = make.sums(_numbered(f"stage{stage}.reduce", owner), [value.type for value in groups[0]], len(groups))
+        inputs = [value for group in groups for value in group]
+        results = [_identifier(f"reduced_{name}") for name in names]
+        task = _numbered(f"R{stage}", owner, "/")
+        return list(self._call(body, inputs, results, task, stage, "reduce", replica=owner))
+
+    def _clip(self, reduced: Mapping[tuple[int, int], Sequence[Value]]) -> tuple[Value, Value] | None:
         """The clipping coefficient and the global norm."""
-        if not self.clip or not stages:
+        if not self.clip or not reduced:
             return None
         norms: list[Value] = []
-        for stage, params in stages.items():
-            gradients = [self.gradients[port.target] for port, _ in params]
-            body = make.squared_norms(f"stage{stage}.squared_norm", [value.type for value in gradients])
-            norms += self._call(body, gradients, [f"squared_norm_{stage}"], f"N{stage}", stage, "norm")
+        for (stage, owner), gradients in reduced.items():
+            body = make.squared_norms(
+                _numbered(f"stage{stage}.squared_norm", owner), [value.type for value in gradients]
+            )
+            task, result = _numbered(f"N{stage}", owner, "/"), _numbered(f"squared_norm_{stage}", owner, "_")
+            norms += self._call(body, gradients, [result], task, stage, "norm", replica=owner)
         body = make.clipping("clip", len(norms))
         names = ["coefficient", "grad_norm"]
-        coefficient, norm = self._call(body, [*norms, self._scalar("clip")], names, "clip", min(stages), "norm")
+        stage = min(stage for stage, _ in reduced)
+        coefficient, norm = self._call(body, [*norms, self._scalar("clip")], names, "clip", stage, "norm")
         return coefficient, norm
 
-    def _update(self, stage: int, params: Sequence[tuple[Port, Group]], coefficient: Value | None) -> dict[str, Value]:
-        """Emit a stage's update; its results by ``kind:target``."""
-        body, targets = make.updates(f"stage{stage}.update", params, coefficient is not None, self.donate)
+    def _update(
+        self,
+        stage: int,
+        owner: int,
+        params: Sequence[_Parameter],
+        gradients: Sequence[Value],
+        coefficient: Value | None,
+    ) -> dict[str, Value]:
+        """Emit the update of parameters of one home; its results by ``kind:target``."""
+        name = _numbered(f"stage{stage}.update", owner)
+        body, targets = make.updates(name, params, coefficient is not None, self.donate)
         inputs: list[Value] = []
-        for port, group in params:
-            inputs += [self.inputs[port.ref], self.gradients[port.target]]
+        for (port, group), gradient in zip(params, gradients, strict=True):
+            inputs += [self.inputs[port.ref], gradient]
             inputs += [self.inputs[f"state:{state_target(state, port.target)}"] for state in group.states]
         inputs += [self._scalar(f"lr:{name}") for name in make.groups_of(params)]
         inputs += [self._scalar("step"), *([] if coefficient is None else [coefficient])]
-        names = [f"new_{target}" for _, target in targets]
-        results = self._call(body, inputs, [_identifier(name) for name in names], f"U{stage}", stage, "update")
+        names = [_identifier(f"new_{target}") for _, target in targets]
+        task = _numbered(f"U{stage}", owner, "/")
+        results = self._call(body, inputs, names, task, stage, "update", replica=owner)
         return {f"{kind}:{target}": value for (kind, target), value in zip(targets, results, strict=True)}
 
     def build(self) -> Step:
@@ -416,14 +443,16 @@ class _Assembly:
         port = self._loss_port(self.first)
         losses = [(microbatch.values[self._loss_port(microbatch.part).value.name],) for microbatch in self.microbatches]
         (loss,) = self._sum("loss", losses, ["loss"])
-        stages: dict[int, list[tuple[Port, Group]]] = {}
+        homes: dict[tuple[int, int], list[_Parameter]] = {}
         for parameter, group, stage in self.updated.values():
-            stages.setdefault(stage, []).append((parameter, group))
-        stages = dict(sorted(stages.items(), reverse=True))  # the last stage is the first that is done
-        clipped = self._clip(stages)
+            homes.setdefault((stage, self.owner[parameter.target]), []).append((parameter, group))
+        # The last stage is the first that is done.
+        homes = dict(sorted(homes.items(), key=lambda item: (-item[0][0], item[0][1])))
+        reduced = {home: self._reduce(*home, params) for home, params in homes.items()}
+        clipped = self._clip(reduced)
         results: dict[str, Value] = {}
-        for stage, params in stages.items():
-            results |= self._update(stage, params, clipped[0] if clipped else None)
+        for home, params in homes.items():
+            results |= self._update(*home, params, reduced[home], clipped[0] if clipped else None)
         self.b.output(loss, "output", port.target)
         self._other_outputs(port)
         if clipped:
@@ -432,13 +461,12 @@ class _Assembly:
             for ref, value in results.items():
                 if ref.startswith(f"{kind}:"):
                     self.b.output(value, kind, ref.removeprefix(f"{kind}:"))
-        last = self.microbatches[-1]
-        for buffer in last.part.main.outputs_of("buffer"):
-            self.b.output(last.values[buffer.value.name], "buffer", buffer.target)
+        for buffer in self.first.main.outputs_of("buffer"):
+            last = self.microbatches[:: len(self.replicas[self._stage_of(buffer)])][-1]
+            (own,) = (port for port in last.part.main.outputs_of("buffer") if port.target == buffer.target)
+            self.b.output(last.values[own.value.name], "buffer", buffer.target)
         graph = place(
-            self.b.build(),
-            lambda node: self.devices[int(node.attrs["stage"])],
-            lambda own: self.homes.get(own.ref),
+            self.b.build(), lambda node: self.device_of[node.attrs["task"]], lambda own: self.homes.get(own.ref)
         )
         program = Program({"step": graph, **self.bodies}, provenance=("step",))
         return Step(program, self.schedule, self.sizes)
@@ -456,6 +484,17 @@ def _identifier(name: str) -> str:
     return re.sub(r"[^\w$]+", "_", name)
 
 
+def _numbered(name: str, owner: int, mark: str = ".") -> str:
+    """The name of what one replica of a stage does for the parameters at home there."""
+    return f"{name}{mark}{owner}" if owner else name
+
+
+def _schedule(name: str, replicas: Sequence[tuple[str, ...]], microbatches: int, split_backward: bool) -> Schedule:
+    numbers = {device: index for index, device in enumerate(dict.fromkeys(own[0] for own in replicas))}
+    order = [numbers[own[0]] for own in replicas]
+    return schedule_named(name)(len(replicas), microbatches, order, split_backward=split_backward)
+
+
 def _credit_edges(schedule: Schedule) -> dict[Task, tuple[Task, ...]]:
     """Forward tasks that wait for a backward of their stage, so that no more microbatches are in flight."""
     edges: dict[Task, tuple[Task, ...]] = {}
@@ -467,32 +506,3 @@ def _credit_edges(schedule: Schedule) -> dict[Task, tuple[Task, ...]]:
             elif task.phase == "forward" and task.stage in latest:
                 edges[task] = (latest[task.stage],)
     return edges
-
-
-def _check_parts(parts: Mapping[int, Part], sizes: Sequence[int], devices: Sequence[str]) -> None:
-    if not sizes or not devices:
-        raise PlanError("a step has microbatches and devices")
-    missing = [size for size in sizes if size not in parts]
-    if missing:
-        raise PlanError(f"there is no part for microbatches of {missing[0]} samples; there are {sorted(parts)}")
-    first = parts[sizes[0]]
-    summary = _summary(first)
-    for size, part in parts.items():
-        stages = {int(node.attrs["stage"]) for node in part.main.nodes}
-        if stages and max(stages) >= len(devices):
-            raise PlanError(f"stage {max(stages)} has no device; there are {len(devices)} devices")
-        if _summary(part) != summary:
-            raise PlanError(f"microbatches of {sizes[0]} and of {size} samples are cut into different stages")
-
-
-def _summary(part: Part) -> dict[str, object]:
-    """What must be alike in parts of different sizes: where each gradient and new buffer is made."""
-    stage = {value.name: node.attrs["stage"] for node in part.main.nodes for value in node.outputs}
-    alike: dict[str, object] = {}
-    together: dict[str, list[str]] = {}
-    for port in part.main.outputs_of("grad", "buffer"):
-        alike[port.ref] = stage.get(port.value.name)
-        together.setdefault(port.value.name, []).append(port.ref)
-    alike["together"] = sorted(together.values())
-    alike["inputs"] = [port.ref for port in part.main.inputs if not port.target.startswith(TOTAL)]
-    return alike

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from daggc.plan.device import Cluster
+from daggc.plan.part import Step
 from daggc.plan.simulate import Simulation, simulate
-from daggc.plan.step import Step
 from daggc.report.timeline import Span, timeline_html
 
 if TYPE_CHECKING:  # its module loads torch and dask

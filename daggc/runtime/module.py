@@ -235,6 +235,7 @@ class CompiledModule(nn.Module):
         stages: int | None = None,
         pins: Mapping[str, str] | None = None,
         split_backward: bool = False,
+        replicas: int = 1,
         force_microbatches: bool = False,
         seed: int | None = None,
         threads: int = 0,
@@ -257,6 +258,9 @@ class CompiledModule(nn.Module):
             schedule: order of the parts: ``1f1b`` or ``gpipe``.
             max_grad_norm: clip gradients by their global norm.
             stages, pins, split_backward: as for :func:`daggc.compile`.
+            replicas: of every stage, each on a device of its own; they take the microbatches in turn, of which
+                there are at least as many (data parallelism). Batch statistics are each replica's own then, and
+                the buffers of the first are kept.
             force_microbatches: cut even if samples are mixed (batch norm then normalises each part).
             seed: of random ops; by default drawn from torch's generator.
             threads: torch threads inside a task; 0 leaves what the workers have.
@@ -275,6 +279,7 @@ class CompiledModule(nn.Module):
             stages=stages,
             pins=pins,
             split_backward=split_backward,
+            replicas=replicas,
             force_microbatches=force_microbatches,
             seed=seed,
             threads=threads,

@@ -19,7 +19,7 @@ from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
 from daggc.runtime.pool import Pool
-from daggc.runtime.worker import Context, Record, put_state, run_task, run_update, take_records
+from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
 
 RESIDENT = ("param", "buffer", "constant", "state")
 Tensors = Mapping[str, torch.Tensor]
@@ -195,8 +195,12 @@ class WorkerHome:
                 sources[port.ref] = add_data(data, name, inputs[port.ref].detach(), str(port.value.type.device))
         context = {device: Context(self._name, self.version, self.threads) for device in self.pool.addresses}
         emission = merged(
-            emit(graph, key, token, sources, run_task, context=context, update=run_update, after=self._after), data
-        )
+            emit(
+                graph, key, token, sources, run_task, context=context, update=run_update, read=read_state,
+                after=self._after,
+            ),
+            data,
+        )  # fmt: skip
         wanted = add_collection(emission, graph, ("output",), token)
         collectors = sorted({found.key for found in wanted.values()})
         updates = [found.key for found in emission.updates.values()]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from daggc.errors import CaptureError
+from daggc.errors import CaptureError, PlanError
 from daggc.frontend.autocast import State, autocast_state
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
@@ -20,9 +20,10 @@ from daggc.passes.vjp import differentiate, simplify
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
 from daggc.plan.outline import outline
+from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
 from daggc.plan.schedule.tasks import split_batch
-from daggc.plan.step import Part, Step, step_graph
+from daggc.plan.step import step_graph
 from daggc.runtime.batch import Batch
 from daggc.runtime.dask_executor import checksum
 from daggc.runtime.resident import RESIDENT
@@ -41,6 +42,7 @@ class Options:
     pins: Mapping[str, str] | None = None
     split_backward: bool = False
     force: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class StepBuilder:
             CaptureError: the model or loss cannot be captured.
             PlanError: nothing fits the devices.
         """
-        sizes = list(split_batch(batch.size, min(self.options.microbatches, batch.size)))
+        wanted = max(self.options.microbatches, self.options.replicas)
+        sizes = list(split_batch(batch.size, min(wanted, batch.size)))
         analysis = self._analyse(batch, sizes) if len(sizes) > 1 else None
         if analysis is None or not (analysis.result.exact or self.options.force):
             sizes = [batch.size]
@@ -119,7 +122,7 @@ class StepBuilder:
         captured = self._capture(batch, sizes[0] if len(sizes) == 1 else max(2, sizes[0]))
         plan = self._plan(batch, len(sizes), captured.program, first.forward)
         parts = {size: self._part(batch, micro, plan) for size, micro in rewritten.items()}
-        devices = [stage.device for stage in plan.stages]
+        devices = [self._replicas_of(stage.device) for stage in plan.stages]
         step = step_graph(
             parts,
             sizes,
@@ -159,6 +162,20 @@ class StepBuilder:
         main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=self.options.split_backward)
         return Part(main, bodies, micro.denominators, batch.batched_names, "0")
 
+    def _replicas_of(self, device: str) -> tuple[str, ...]:
+        """The devices of a stage's replicas, when the plan has the stage on this one."""
+        first = self.cluster.names.index(device)
+        return self.cluster.names[first : first + self.options.replicas]
+
+    def _first_replicas(self) -> Cluster:
+        """The devices that a plan for one replica of each stage is made for."""
+        count = self.options.replicas
+        if count < 1 or len(self.cluster.devices) < count:
+            have = ", ".join(self.cluster.names)
+            raise PlanError(f"{count} replicas need as many devices; there are {have}")
+        whole = len(self.cluster.devices) // count * count
+        return self.cluster.part(self.cluster.names[:whole:count])
+
     def _plan(self, batch: Batch, microbatches: int, program: Program, forward: Graph) -> Plan:
         """Plans are kept: a batch of another size must leave every parameter where it is."""
         nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
@@ -167,7 +184,7 @@ class StepBuilder:
             program = Program({"forward": forward}, provenance=program.provenance)
             self._plans[key] = plan_model(
                 program,
-                self.cluster,
+                self._first_replicas(),
                 wrt=self._wrt(batch, forward),
                 stages=self.options.stages,
                 pins=self.options.pins,

@@ -288,6 +288,7 @@ def train_step(
     stages: int | None = None,
     pins: Mapping[str, str] | None = None,
     split_backward: bool = False,
+    replicas: int = 1,
     force_microbatches: bool = False,
     seed: int | None = None,
     threads: int = 0,
@@ -297,5 +298,5 @@ def train_step(
         raise RunError(f"microbatches is at least 1, got {microbatches}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
-    options = Options(microbatches, schedule, stages, pins, split_backward, force_microbatches)
+    options = Options(microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas)
     return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads)

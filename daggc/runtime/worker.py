@@ -126,6 +126,12 @@ def run_task(call: Call, context: Context | None, *dependencies: Any) -> tuple[t
     return _run(call, context, dependencies)
 
 
+def read_state(refs: Sequence[str], context: Context, *_: Any) -> tuple[torch.Tensor, ...]:
+    """The entry point of tasks that give tensors of the store to other workers."""
+    state = store.get(context.store)
+    return tuple(state.read(ref, context.version) for ref in refs)
+
+
 def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[int]:
     """The entry point of updates: make the store's next version, once; returns its number."""
     _set_threads(context.threads)

@@ -26,9 +26,10 @@ from daggc.passes.vjp import differentiate, simplify, vjp
 from daggc.plan.bodies import Group
 from daggc.plan.device import cluster_of, cpu_device
 from daggc.plan.outline import outline
+from daggc.plan.part import Part, Step
 from daggc.plan.schedule import split_batch
 from daggc.plan.simulate import simulate
-from daggc.plan.step import Part, Step, step_graph
+from daggc.plan.step import step_graph
 
 Build = Callable[[int], Graph]
 
@@ -91,7 +92,7 @@ def step_of(
     microbatches: int,
     stages: int,
     groups: Sequence[Group],
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str | Sequence[str]] | None = None,
     split_backward: bool = False,
     **options: object,
 ) -> Step:
@@ -245,6 +246,38 @@ def test_split_backward_and_stages_that_share_a_device(build, schedule):
         assert_equals_plain(build, 7, 3, 3, groups, schedule=schedule, devices=devices)
 
 
+REPLICAS = {
+    "all of the model on two": [("cpu:0", "cpu:1")],
+    "only the first stage": [("cpu:0", "cpu:1"), "cpu:2"],
+    "stages of two and of three": [("cpu:0", "cpu:1"), ("cpu:2", "cpu:3", "cpu:4")],
+}
+
+
+@pytest.mark.parametrize("build", [mlp, attention])
+@pytest.mark.parametrize("layout", REPLICAS)
+@pytest.mark.parametrize("microbatches", [1, 2, 5])
+def test_replicas_add_up_to_the_whole_batch(build, layout, microbatches):
+    devices = REPLICAS[layout]
+    groups = GROUPS["two groups"](build)
+    step = assert_equals_plain(build, 7, microbatches, len(devices), groups, devices=devices, clip=True)
+    assert "F0.0" in str(step)
+
+
+def test_replicas_share_the_updates_and_each_state_lives_once():
+    step = step_of(mlp, 8, 4, 1, GROUPS["adamw"](mlp), [("cpu:0", "cpu:1")])
+    tasks = {node.attrs["task"]: node.attrs["device"] for node in step.graph.nodes if node.op == "call"}
+    assert {tasks[f"B0.{k}"] for k in (0, 2)} == {"cpu:0"} and {tasks[f"B0.{k}"] for k in (1, 3)} == {"cpu:1"}
+    assert (tasks["R0"], tasks["U0"], tasks["R0/1"], tasks["U0/1"]) == ("cpu:0", "cpu:0", "cpu:1", "cpu:1")
+    homes = {port.ref: port.value.type.device for port in step.graph.inputs_of("param", "state")}
+    sizes = dict.fromkeys(("cpu:0", "cpu:1"), 0)
+    for port in step.graph.inputs_of("param"):
+        sizes[homes[port.ref]] += port.value.type.nbytes
+        assert homes[port.ref] == homes[f"state:exp_avg:{port.target}"]
+    assert sizes["cpu:0"] == sizes["cpu:1"]
+    moved = sum(node.output.type.nbytes for node in step.graph.nodes if node.op == "transfer")
+    assert moved < 2.1 * sum(sizes.values())  # every parameter once, every gradient once
+
+
 def normed(batch: int) -> Graph:
     """Batch norm in training, which mixes samples and changes buffers; dropout after it; two results."""
     b = REGISTRY.builder("forward")
@@ -263,14 +296,16 @@ def normed(batch: int) -> Graph:
     return b.build()
 
 
-def normed_step(sizes: Sequence[int], force: bool, chain: bool = True) -> tuple[Step, Graph]:
+def normed_step(
+    sizes: Sequence[int], force: bool, chain: bool = True, devices: Sequence[Sequence[str]] = (("cpu:0",), ("cpu:1",))
+) -> tuple[Step, Graph]:
     (size,) = set(sizes)
     result = microbatched(normed(size), ["0"], "0", normed(size + 2), force)
     assert not result.exact
     joint = simplify(differentiate(result.forward, [port.ref for port in result.forward.inputs_of("param")]))
-    part = Part(*outline(joint, result.forward, stages_of(result.forward, 2)), result.denominators, ("0",))
+    stages = stages_of(result.forward, len(devices))
+    part = Part(*outline(joint, result.forward, stages), result.denominators, ("0",))
     groups = [Group("0", ("w", "weight", "bias"), "sgd", {})]
-    devices = ["cpu:0", "cpu:1"]
     return step_graph({size: part}, sizes, groups, devices, chain_buffers=chain), result.forward
 
 
@@ -305,6 +340,19 @@ def test_a_forced_cut_hands_buffers_on(chain):
         loss += found["output:0"]
         buffers = {ref: found[ref] for ref in buffers}
     np.testing.assert_allclose(got["output:0"], loss, rtol=1e-12)
+    for ref, array in buffers.items():
+        np.testing.assert_allclose(got[ref], array, rtol=1e-12)
+
+
+def test_each_replica_hands_on_its_own_buffers_and_the_first_ones_are_kept():
+    step, forward = normed_step([3, 3, 3], force=True, chain=True, devices=[("cpu:0", "cpu:1")])
+    arrays = normed_arrays(9, 3)
+    got = run(step, arrays)
+    buffers = {"buffer:mean": arrays["buffer:mean"], "buffer:var": arrays["buffer:var"]}
+    for k in (0, 2):
+        given = {**arrays, **buffers, "input:0": arrays["input:0"][3 * k : 3 * k + 3], "key:key": arrays[f"key:#{k}"]}
+        found = interpret(Program({"forward": forward}), {**given, "scalar:fraction": np.asarray(1 / 3)})
+        buffers = {ref: found[ref] for ref in buffers}
     for ref, array in buffers.items():
         np.testing.assert_allclose(got[ref], array, rtol=1e-12)
 

@@ -27,7 +27,7 @@ from training import (
 )
 
 import daggc
-from daggc.errors import RunError
+from daggc.errors import PlanError, RunError
 from daggc.runtime import worker
 from daggc.runtime.resident import WorkerHome
 
@@ -94,6 +94,25 @@ def test_orders_of_tasks_on_workers(two_workers, options):
     assert_equal_numbers(got, eagerly(model, classify, adamw, batches))
     assert step.plan is not None and len(step.plan.stages) == options.get("stages", 2)
     step.close()
+
+
+def test_replicas_of_gpt2_take_turns_and_share_the_updates(two_workers):
+    model = Words(gpt2())
+    batches = words([7] * 4 + [4])
+    wanted = eagerly(model, words_of, adamw, batches, clip=1.0)
+    options = {"microbatches": 4, "replicas": 2, "max_grad_norm": 1.0, "client": two_workers}
+    got, step = stepwise(model, words_loss, adamw, batches, **options)
+    assert_equal_numbers(got, wanted)
+    again, other = stepwise(model, words_loss, adamw, batches, **options)
+    assert_same_bits(again.model, got.model)
+    homes = {home for _, home, _ in step.step_program.layout}
+    assert homes == {"cpu:0", "cpu:1"}
+    step.close(), other.close()
+
+
+def test_replicas_need_devices(two_workers):
+    with pytest.raises(PlanError, match="3 replicas need as many devices"):
+        stepwise(mlp(), F.cross_entropy, adamw, points([6]), client=two_workers, replicas=3)
 
 
 def test_float32_is_close_to_eager(two_workers):
