@@ -271,10 +271,33 @@ def sample_numbers(b: Builder, batch: int) -> Value:
     return b_emit(b, "sum", b.emit("mul", rows(b, batch), broadcast(b, reshape(b, number, (batch, 1)), (batch, 4))))
 
 
+def columns_by_sample(b: Builder, batch: int) -> Value:
+    """``x[arange(batch), label, arange(batch)]``: of two more indices, one is the sample's own."""
+    x = b.input(f64(batch, CLASSES, 10), "input", "0")
+    label = b.emit("maximum_scalar", b.input(i64(batch), "input", "1"), value=0)
+    sample = b.emit("iota", start=0, step=1, size=batch, dtype="i64")
+    column = b.emit("minimum_scalar", sample, value=9)
+    return b_emit(b, "mean", b.emit("index", x, sample, label, column, dims=(0, 1, 2)))
+
+
 def learned_count(b: Builder, batch: int) -> Value:
     """Divided by a sum that depends on parameters."""
     x = rows(b, batch)
     return b.emit("div", b_emit(b, "sum", x), b_emit(b, "sum", b.emit("mul", x, x)))
+
+
+def learned_scale_of_count(b: Builder, batch: int) -> Value:
+    """Divided by a sum of data times a parameter."""
+    x = b.input(f64(batch, CHANNELS), "input", "0")
+    count = b_emit(b, "sum", cast(b, b.emit("gt_scalar", x, value=0.0), "f64"))
+    return b.emit("div", b_emit(b, "sum", x), b.emit("mul", count, b.input(f64(), "param", "scale")))
+
+
+def scaled_learned_count(b: Builder, batch: int) -> Value:
+    """Divided by a sum that depends on parameters, times a buffer."""
+    x = rows(b, batch)
+    count = b_emit(b, "sum", b.emit("mul", x, x))
+    return b.emit("div", b_emit(b, "sum", x), b.emit("mul", count, b.input(f64(), "buffer", "scale")))
 
 
 def noisy_weights(b: Builder, batch: int) -> Value:
@@ -316,7 +339,10 @@ MIXING = {
     reversed_batch: ("0", "flip"),
     torn_batch: ("0", "softmax"),
     sample_numbers: ("0", "mul"),
+    columns_by_sample: ("0,1", "index"),
     learned_count: ("0", "div"),
+    learned_scale_of_count: ("0", "div"),
+    scaled_learned_count: ("0", "div"),
     noisy_weights: ("0", "mul"),
     largest: ("0", "amax"),
     product_of_losses: ("0", "mul"),

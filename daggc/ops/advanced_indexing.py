@@ -28,6 +28,7 @@ from daggc.ops.build import (
     reshape,
     zeros_like,
 )
+from daggc.ops.indexing import require_room
 from daggc.ops.iota import iota
 from daggc.ops.opdef import (
     AS_IT_IS,
@@ -69,6 +70,7 @@ def _infer_index(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType
     require(known and len(dims) == len(indices), f"dims must be sorted axes of {x}, one for each index, got {dims}")
     one_type = len(set(indices)) == 1 and indices[0].dtype == "i64"
     require(one_type, f"i64 indices of one shape are required, got {', '.join(map(str, indices))}")
+    require_room(indices[0], min(x.shape[dim] for dim in dims))
     return (x.with_(shape=_around(x.shape, dims, indices[0].shape)),)
 
 

@@ -79,10 +79,43 @@ def _not_negative(b: Builder, x: Value) -> Value:
 
 def _power(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """NumPy refuses negative powers of integers; torch rounds 1 / x ** n towards zero."""
-    if np.result_type(x, y).kind != "i":
+    kind_of = np.result_type(x, y).kind
+    if kind_of == "c":
+        return _complex_power(x, y)
+    if kind_of != "i":
         return np.power(x, y)
     inverse = np.where(np.abs(x) == 1, np.power(x, np.abs(y)), np.zeros_like(x))
     return np.where(y < 0, inverse, np.power(x, np.maximum(y, 0)))
+
+
+_MULTIPLIED = (0, 1, 2, 3, -0.5, -1, -2)  # exponents that torch takes for products and quotients
+
+
+def _complex_power(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As torch has it: a tensor as exponent gives exp(y log x), so 0 ** 0 is nan; the number 0 as exponent gives 1."""
+    if isinstance(y, np.generic) and y in _MULTIPLIED:
+        return np.where((x == 0) & (np.real(y) < 0), complex(np.inf, np.nan), np.power(x, y))
+    if isinstance(y, np.generic) and y == 0.5:
+        return np.sqrt(x)
+    return np.exp(_c_product(y, np.log(x)))
+
+
+def _c_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The product of complex numbers as C has it (Annex G): of an infinity it is infinite, even where a part is nan."""
+    product = np.asarray(x * y)
+    parts = np.real(product), np.imag(product)
+    infinite_x, infinite_y = np.isinf(x), np.isinf(y)
+    lost = np.isnan(parts[0]) & np.isnan(parts[1]) & (infinite_x | infinite_y)
+    (a, b), (c, d) = _limits(x, infinite_x), _limits(y, infinite_y)
+    limits = np.inf * (a * c - b * d), np.inf * (a * d + b * c)
+    kept = [np.where(lost, limit, part) for limit, part in zip(limits, parts, strict=True)]
+    return np.stack(kept, axis=-1).view(product.dtype)[..., 0]
+
+
+def _limits(z: np.ndarray, infinite: np.ndarray) -> list[np.ndarray]:
+    """Both parts: of an infinite number 1 where they are infinite, else 0, with their signs; 0 for nan."""
+    parts = [np.where(np.isnan(part), np.copysign(0, part), part) for part in (np.real(z), np.imag(z))]
+    return [np.where(infinite, np.copysign(np.isinf(part), part), part) for part in parts]
 
 
 def _pow_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[Value | None]:

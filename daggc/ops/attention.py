@@ -197,6 +197,9 @@ def _causal_ir(b: Builder, scores: Value) -> Value:
 def _masked_softmax(b: Builder, scores: Value) -> tuple[Value, Value, Value]:
     """softmax along the last axis, 0 for rows that are all -inf; which rows are not; and each row's maximum."""
     last = scores.type.rank - 1
+    if not scores.type.shape[last]:
+        row = (*scores.type.shape[:last], 1)
+        return scores, full(b, False, row, "bool"), full(b, 0.0, row, scores.type.dtype)
     top = b.emit("stop_gradient", b.emit("amax", scores, dims=(last,), keepdim=True))
     alive = b.emit("ne_scalar", top, value=-math.inf)
     kept = broadcast(b, alive, scores.type.shape)

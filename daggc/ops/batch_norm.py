@@ -69,6 +69,7 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     weight, bias, mean, variance = _optional(rest, attrs)
     layout = channel_layout(x.shape)
     check_params(x, () if weight is None else (weight, bias), layout)
+    require(x.numel > 0, f"elements are required, got {x}")
     require(layout.count > 1, f"more than one value for each channel is required in training, got {x}")
     require(attrs["eps"] is not None, "eps is a number")
     statistics = stats_type(x, layout)

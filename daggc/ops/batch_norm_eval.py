@@ -71,6 +71,7 @@ def _infer_eval(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType,
     layout = channel_layout(x.shape)
     check_params(x, params, layout)
     check_running((mean, variance), x, layout)
+    require(x.shape[1] > 0 or not params, f"channels for weight and bias are required, got {x}")
     require(isinstance(attrs["eps"], float), "eps is a number")
     return (x,)
 
@@ -105,7 +106,11 @@ def _eval_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Sequence[V
     """Cotangents of the running statistics are plain IR, dead unless somebody asks for them."""
     (ct,), (x, mean, variance, *params) = cts, node.inputs
     assert ct is not None
-    backward = b.emit_many("batch_norm_eval_backward", ct, x, mean, variance, *params[:1], eps=node.attrs["eps"])
+    operands = (ct, x, mean, variance, *params[:1])
+    if x.type.numel:
+        backward = b.emit_many("batch_norm_eval_backward", *operands, eps=node.attrs["eps"])
+    else:
+        backward = _decompose_eval_backward(b, node, *operands)
     layout, dtype = channel_layout(x.type.shape), wide_dtype(x.type.dtype)
     rstd = _inverse_deviation(b, variance, node.attrs["eps"], dtype)
     wide, centered = cast(b, ct, dtype), cast(b, x, dtype)

@@ -50,6 +50,9 @@ def conv_type(x: TensorType, weight: TensorType, attrs: Attrs) -> TensorType:
     groups, transposed = attrs["groups"], attrs["transposed"]
     require(1 <= spatial <= 3 and weight.rank == x.rank, "x and weight of one rank, 3 to 5, are required")
     require(x.dtype == weight.dtype and x.is_float, "x and weight of one float dtype are required")
+    # Of no channels torch's kernels give an output of another shape than its type.
+    some = all((*x.shape[1:], *weight.shape))
+    require(some, f"only the batch axis can be of size 0, got x {x} and weight {weight}")
     for name in ("stride", "padding", "dilation", "output_padding"):
         require(len(attrs[name]) == spatial, f"{name} needs {spatial} numbers, got {attrs[name]}")
     require(min(*attrs["stride"], *attrs["dilation"]) >= 1, "strides and dilations are positive")
@@ -122,7 +125,7 @@ def _columns(x: np.ndarray, counts: Sequence[int], kernel: Sequence[int], attrs:
 
 def _grouped_rows(y: np.ndarray, groups: int) -> np.ndarray:
     """``[n, groups, positions, channels of a group]``."""
-    return np.swapaxes(y.reshape(y.shape[0], groups, y.shape[1] // groups, -1), 2, 3)
+    return np.swapaxes(y.reshape(y.shape[0], groups, y.shape[1] // groups, math.prod(y.shape[2:])), 2, 3)
 
 
 def _forward(x: np.ndarray, weight: np.ndarray, shape: Sequence[int], attrs: Attrs) -> np.ndarray:

@@ -49,7 +49,7 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     require(log_probs.dtype in ("f32", "f64"), f"log probabilities in f32 or f64 are required, got {log_probs}")
     require(log_probs.rank == 3, f"log probabilities [T, N, C] are required, got {log_probs}")
     steps, batch, classes = log_probs.shape
-    require(steps > 0, "at least one step is required")
+    require(steps > 0 and batch > 0, f"at least one step and one sample are required, got {log_probs}")
     fits = targets.dtype == "i64" and targets.rank == 2 and targets.shape[0] == batch and targets.shape[1] > 0
     require(fits, f"targets i64[{batch}, S] are required, got {targets}")
     wanted = TensorType("i64", (batch,))
@@ -153,7 +153,7 @@ def _decompose(
     lattice = _Lattice(b, log_probs, targets, target_lengths, node.attrs["blank"])
     alphas = _forward(b, lattice, _running(b, lattice, input_lengths))
     loss = neg(b, lattice.total(alphas[-1]))
-    possible = b.emit("lt_scalar", loss, value=_IMPOSSIBLE)
+    possible = b.emit("logical_not", b.emit("ge_scalar", loss, value=_IMPOSSIBLE))  # or nan
     return (b.emit("where_scalar", possible, loss, value=math.inf),)
 
 
@@ -180,13 +180,15 @@ def _decompose_backward(
     runs = concat(b, [unsqueeze(b, slice_dim(b, x, 1, 0, 1), 0) for x in running], 0)
     prior = b.emit("where_scalar", broadcast(b, runs, log_probs.type.shape), b.emit("exp", log_probs), value=0.0)
     cube = (1, lattice.batch, 1)
-    possible = broadcast(b, reshape(b, b.emit("gt_scalar", total, value=-_IMPOSSIBLE), cube), runs.type.shape)
-    kept = possible
-    if not node.attrs["zero_infinity"]:  # what is impossible has no slope: nan, as in torch, while the input runs
-        kept = b.emit("logical_or", possible, b.emit("logical_not", runs))
+    possible = b.emit("logical_not", b.emit("le_scalar", total, value=-_IMPOSSIBLE))  # or nan
+    possible = broadcast(b, reshape(b, possible, cube), runs.type.shape)
     gradient = mul(b, sub(b, prior, posterior), broadcast(b, reshape(b, ct, cube), log_probs.type.shape))
-    hole = 0.0 if node.attrs["zero_infinity"] else math.nan
-    return (b.emit("where_scalar", broadcast(b, kept, log_probs.type.shape), gradient, value=hole),)
+    some = b.emit("ne_scalar", log_probs, value=-math.inf)  # torch divides by the probability
+    gradient = b.emit("where_scalar", some, gradient, value=math.nan)
+    hole = 0.0 if node.attrs["zero_infinity"] else math.nan  # what is impossible has no slope: nan, as in torch
+    gradient = b.emit("where_scalar", broadcast(b, possible, log_probs.type.shape), gradient, value=hole)
+    runs = broadcast(b, runs, log_probs.type.shape)  # after the end of the input all is zero, whatever the cotangent
+    return (b.emit("where_scalar", runs, gradient, value=0.0),)
 
 
 # --- the ops ------------------------------------------------------------------------------------------

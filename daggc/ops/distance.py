@@ -69,7 +69,7 @@ def _evaluate_cdist(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if p == 0:
         result = (gaps != 0).sum(-1)
     elif p == math.inf:
-        result = gaps.max(-1, initial=0)
+        result = np.fmax.reduce(gaps, axis=-1, initial=0)  # torch's maximum passes over nan
     else:
         result = (gaps**p).sum(-1) ** (1 / p)
     return result.astype(x.dtype)
@@ -162,10 +162,11 @@ def _decompose_backward(b: Builder, node: Node, ct: Value, x: Value, y: Value, d
         return broadcast(b, reshape(b, value, (*lead, rows, columns, 1)), shape)
 
     if p == 1:
-        terms = mul(b, spread(ct), b.emit("sign", gaps))
+        terms = _nan_where(b, gaps, mul(b, spread(ct), b.emit("sign", gaps)))
     elif p == math.inf:
         winners = b.emit("eq", b.emit("abs", gaps), spread(distances))
         terms = b.emit("where_scalar", winners, mul(b, spread(ct), b.emit("sign", gaps)), value=0.0)
+        terms = _nan_where(b, sub(b, b.emit("abs", gaps), spread(distances)), terms)
     else:
         apart = b.emit("ne_scalar", distances, value=0.0)
         safe = b.emit("where_scalar", apart, distances, value=1.0)
@@ -173,6 +174,11 @@ def _decompose_backward(b: Builder, node: Node, ct: Value, x: Value, y: Value, d
         share = spread(b.emit("where_scalar", apart, b.emit("div", ct, powers), value=0.0))
         terms = mul(b, share, gaps if p == 2 else _signed_power(b, gaps, p - 1))
     return (sum_dims(b, terms, (rank - 1,)),)
+
+
+def _nan_where(b: Builder, x: Value, terms: Value) -> Value:
+    """nan where x is nan, whose sign is 0, as in torch."""
+    return b.emit("where_scalar", b.emit("logical_not", b.emit("isnan", x)), terms, value=math.nan)
 
 
 def _signed_power(b: Builder, x: Value, power: float) -> Value:

@@ -16,8 +16,8 @@ from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
-from daggc.ops.build import broadcast, cast, full, mul, sum_dims
-from daggc.ops.indexing import average_row_gradients
+from daggc.ops.build import broadcast, cast, full, mul, sum_dims, zeros_like
+from daggc.ops.indexing import average_row_gradients, require_room
 from daggc.ops.opdef import Arg, Axes, OpDef, Sample, elementwise_cost, register, require, t
 from daggc.ops.shape import Cotangents, unsqueeze
 from daggc.ops.slicing import slice_dim
@@ -31,6 +31,9 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     mode, padding = attrs["mode"], attrs["padding_idx"]
     require(mode in MODES, f"mode is one of {', '.join(MODES)}, got {mode!r}")
     require(weight.is_float and weight.rank == 2, f"a weight [V, D] of floats is required, got {weight}")
+    require_room(index, weight.shape[0])
+    # torch's kernels read outside of memory
+    require(offsets.numel > 0 or not index.numel, f"a bag is required to put {index} in, got offsets {offsets}")
     require(index.dtype in ("i64", "i32") and index.rank == 1, f"indices i64[n] or i32[n] are required, got {index}")
     require(offsets.dtype == index.dtype and offsets.rank == 1, f"offsets of the indices' dtype, got {offsets}")
     fits = padding is None or 0 <= padding < weight.shape[0]
@@ -80,6 +83,8 @@ def _vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
     (weight, index, offsets, *factors), attrs, ct = node.inputs, node.attrs, cts[0]
     assert ct is not None
     dtype, padding = weight.type.dtype, attrs["padding_idx"]
+    if not index.type.numel:
+        return zeros_like(b, weight), None, None, *(zeros_like(b, factor) for factor in factors)
     kept = None if padding is None else b.emit("ne_scalar", index, value=padding)
     bags = _bags(b, index, offsets)
     if attrs["mode"] != "sum":

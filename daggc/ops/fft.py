@@ -52,7 +52,7 @@ def _check(x: TensorType, attrs: Attrs, flags: Sequence[str]) -> None:
     dims = attrs["dims"]
     known = len(dims) > 0 and len(set(dims)) == len(dims) and all(0 <= dim < x.rank for dim in dims)
     require(known, f"dims must be distinct axes of {x}, at least one, got {dims}")
-    require(all(x.shape[dim] > 0 for dim in dims), f"axes of at least one point are required, got {x}")
+    require(x.numel > 0, f"at least one point is required, got {x}")
     require(attrs["norm"] in _NORMS, f"norm is one of {', '.join(_NORMS)}, got {attrs['norm']!r}")
     for flag in flags:
         require(isinstance(attrs[flag], bool), f"{flag} must be a bool, got {attrs[flag]!r}")

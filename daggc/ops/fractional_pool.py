@@ -28,6 +28,7 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     kernel, size = attrs["kernel"], attrs["output_size"]
     require(x.dtype in ("f64", "f32"), f"x of f64 or f32 is required, got {x}")
     require(x.rank in (4, 5), f"x [n, c, *spatial] with 2 or 3 spatial axes is required, got {x}")
+    require(x.shape[1] > 0, f"only the batch axis can be of size 0, got {x}")
     require(len(kernel) == len(size) == x.rank - 2, "a kernel and an output size for each spatial axis are required")
     require(min(*kernel, *size) > 0, "kernel and output size are positive")
     room = all(width + count - 1 <= whole for width, count, whole in zip(kernel, size, x.shape[2:], strict=True))

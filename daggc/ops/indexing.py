@@ -43,8 +43,14 @@ def bounded(index: np.ndarray, size: int) -> np.ndarray:
     return index
 
 
-def _require_index(index: TensorType) -> None:
+def _require_index(index: TensorType, rows: int) -> None:
     require(index.dtype in ("i64", "i32"), f"indices must be i64 or i32, got {index}")
+    require_room(index, rows)
+
+
+def require_room(index: TensorType, size: int) -> None:
+    """No index is into an axis of size 0; of some of them torch says so, some it ignores."""
+    require(size > 0 or not index.numel, f"indices must be in [0, 0): there are none such for {index}")
 
 
 # --- embedding ----------------------------------------------------------------------------------------
@@ -53,7 +59,7 @@ def _require_index(index: TensorType) -> None:
 def _infer_embedding(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     weight, index = inputs
     require(weight.rank == 2, f"a weight of 2 axes is required, got {weight}")
-    _require_index(index)
+    _require_index(index, weight.shape[0])
     _require_padding(attrs["padding_idx"], weight.shape[0])
     return (weight.with_(shape=(*index.shape, weight.shape[1])),)
 
@@ -64,7 +70,7 @@ def _require_padding(padding: Attr, rows: int) -> None:
 
 def _infer_embedding_backward(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     ct, index = inputs
-    _require_index(index)
+    _require_index(index, attrs["num_weights"])
     require(ct.shape[:-1] == index.shape and ct.rank > 0, f"a cotangent for each index is required, got {ct}, {index}")
     _require_padding(attrs["padding_idx"], attrs["num_weights"])
     return (ct.with_(shape=(attrs["num_weights"], ct.shape[-1])),)
@@ -200,6 +206,7 @@ def _infer_gather(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorTyp
     require(index.dtype == "i64", f"i64 indices are required, got {index}")
     fits = index.rank == x.rank and _frame(index, dim) == _frame(x, dim)
     require(fits, f"an index of the shape of {x}, but for axis {dim}, is required, got {index}")
+    require_room(index, x.shape[dim])
     return (x.with_(shape=index.shape),)
 
 
@@ -372,9 +379,9 @@ register(
 
 def _infer_index_select(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     (x, index), dim = inputs, attrs["dim"]
-    _require_index(index)
-    require(index.rank == 1, f"an index of 1 axis is required, got {index}")
     frame = _frame(x, dim)
+    _require_index(index, x.shape[dim])
+    require(index.rank == 1, f"an index of 1 axis is required, got {index}")
     return (x.with_(shape=(*frame[:dim], index.numel, *frame[dim:])),)
 
 

@@ -50,9 +50,10 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     (x,) = inputs
     size, scales, antialias = attrs["output_size"], attrs["scales"], attrs["antialias"]
     require(x.is_float and 3 <= x.rank <= 5, f"floats [n, c, *spatial] with 1 to 3 spatial axes are required, got {x}")
+    require(all(x.shape[1:]), f"only the batch axis can be of size 0, got {x}")
     require((attrs["filter"], antialias, x.rank - 2) in _KERNELS, f"torch has no such filter for {x}")
     require(isinstance(antialias, bool) and isinstance(attrs["align_corners"], bool), "two bools are required")
-    require(len(size) == x.rank - 2 and min(size) > 0 < min(x.shape[2:]), f"a spatial shape is required, got {size}")
+    require(len(size) == x.rank - 2 and min(size) > 0, f"a spatial shape is required, got {size}")
     fits = scales is None or (len(scales) == len(size) and min(scales) > 0)
     require(fits, f"a positive factor for each spatial axis is required, got {scales}")
     # torch's kernel gives every row of such an output the weights of the first
@@ -122,8 +123,7 @@ def _weights(size: int, count: int, step: Any, attrs: Attrs, real: Any) -> np.nd
     if name == "linear":
         places = np.maximum(places, real(0))
     below = np.floor(places).astype(np.int64)
-    below = np.minimum(below, size - 1) if name == "linear" else below
-    t = np.clip(places - below.astype(real), 0, 1)
+    t = places - below.astype(real)
     shares = enumerate((1 - t, t)) if name == "linear" else enumerate(_cubic_taps(t), -1)
     matrix = np.zeros((count, size), real)
     for offset, share in shares:

@@ -17,6 +17,7 @@ from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
 from daggc.ops.build import broadcast, cast, full, mul, neg, permute, reshape, scale, sum_dims
+from daggc.ops.indexing import require_room
 from daggc.ops.opdef import (
     Arg,
     Axes,
@@ -39,6 +40,7 @@ _HALF = ("f16", "bf16")
 
 def _check_target(target: TensorType, weights: Sequence[TensorType], dtype: str, classes: int, attrs: Attrs) -> None:
     require(target.dtype in ("i64", "u8") and target.rank == 1, f"a target i64[N] is required, got {target}")
+    require_room(target, classes)
     require(len(weights) <= 1, "at most one tensor of class weights is required")
     for weight in weights:
         require(weight == TensorType(dtype, (classes,)), f"class weights {dtype}[{classes}] are required, got {weight}")

@@ -66,7 +66,7 @@ def _evaluate_max_pool(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.ndarra
     values, indices = (output.type for output in node.outputs)
     a, spatial = node.attrs, x.shape[2:]
     geometry = (values.shape[2:], a["kernel"], a["stride"], a["padding"], a["dilation"])
-    cells = windows(x.astype(np.float64), *geometry).reshape(*values.shape, -1)
+    cells = windows(x.astype(np.float64), *geometry).reshape(*values.shape, math.prod(a["kernel"]))
     places = windows(np.arange(math.prod(spatial)).reshape(spatial), *geometry, fill=-1)
     places = np.broadcast_to(places.reshape(*values.shape[2:], -1), cells.shape)
     top, where = first_largest(cells, places)
@@ -91,7 +91,8 @@ def _infer_max_pool_backward(inputs: Sequence[TensorType], attrs: Attrs) -> tupl
 def _evaluate_max_pool_backward(node: Node, ct: np.ndarray, indices: np.ndarray) -> np.ndarray:
     shape = node.output.type.shape
     planes = np.zeros((math.prod(shape[:2]), math.prod(shape[2:])), ct.dtype)
-    np.add.at(planes, (np.arange(len(planes))[:, None], indices.reshape(len(planes), -1)), ct.reshape(len(planes), -1))
+    rows = (len(planes), math.prod(ct.shape[2:]))
+    np.add.at(planes, (np.arange(len(planes))[:, None], indices.reshape(rows)), ct.reshape(rows))
     return planes.reshape(shape)
 
 
@@ -190,8 +191,9 @@ def _evaluate_adaptive_max(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.nd
     values, where = (np.empty(output.type.shape, output.type.numpy_dtype) for output in node.outputs)
     places = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
     for at, window in adaptive_windows(x.shape[2:], node.attrs["output_size"]):
-        cells = x[(..., *window)].reshape(*x.shape[:2], -1)
-        top, place = first_largest(cells.astype(np.float64), np.broadcast_to(places[window].reshape(-1), cells.shape))
+        inside = places[window].reshape(-1)
+        cells = x[(..., *window)].reshape(*x.shape[:2], inside.size)
+        top, place = first_largest(cells.astype(np.float64), np.broadcast_to(inside, cells.shape))
         values[(..., *at)], where[(..., *at)] = top, place
     return values, where
 

@@ -18,7 +18,7 @@ import numpy as np
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Value
 from daggc.ir.types import DTYPES, TensorType
-from daggc.ops.build import add, broadcast, cast, mul, reshape, scale, sub, sum_dims
+from daggc.ops.build import add, broadcast, cast, full, mul, reshape, scale, sub, sum_dims
 from daggc.ops.opdef import require
 
 
@@ -97,7 +97,8 @@ def evaluate_norm(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """y, mean (zeros where not centered) and rstd, of at least f32."""
     view = x.reshape(layout.view)
-    mean = view.mean(layout.dims, keepdims=True) if centered else np.zeros(layout.kept, x.dtype)
+    averaged = centered and layout.count  # the mean of nothing is 0, as in torch's kernels, its variance NaN
+    mean = view.mean(layout.dims, keepdims=True) if averaged else np.zeros(layout.kept, x.dtype)
     variance = np.square(view - mean).mean(layout.dims, keepdims=True)
     rstd = (1 / np.sqrt(variance + eps)).astype(x.dtype)
     y = ((view - mean) * rstd).reshape(x.shape)
@@ -156,7 +157,10 @@ def norm(
     view = _viewed(b, x, layout)
     mean = None
     if centered:
-        mean = b.emit("mean", view, dims=layout.dims, keepdim=True)
+        if layout.count:
+            mean = b.emit("mean", view, dims=layout.dims, keepdim=True)
+        else:
+            mean = full(b, 0.0, layout.kept, view.type.dtype)
         view = sub(b, view, broadcast(b, mean, layout.view))
     variance = b.emit("mean", mul(b, view, view), dims=layout.dims, keepdim=True)
     rstd = b.emit("rsqrt", b.emit("add_scalar", variance, value=eps))
@@ -218,9 +222,9 @@ def statistics_vjp(
         if mean is not None:
             centered = sub(b, centered, spread(b, mean, layout))
         cube = b.emit("pow_scalar", rstd, value=3)
-        total = mul(b, centered, spread(b, scale(b, mul(b, rstd_ct, cube), -1 / layout.count), layout))
+        total = mul(b, centered, spread(b, scale(b, mul(b, rstd_ct, cube), -1 / max(1, layout.count)), layout))
     if mean_ct is not None:
-        part = spread(b, scale(b, mean_ct, 1 / layout.count), layout)
+        part = spread(b, scale(b, mean_ct, 1 / max(1, layout.count)), layout)
         total = part if total is None else add(b, total, part)
     return None if total is None else cast(b, reshape(b, total, layout.shape), x.type.dtype)
 

@@ -65,6 +65,8 @@ def group_layout(shape: Sequence[int], attrs: Attrs) -> Layout:
         len(shape) >= 2 and shape[1] % groups == 0, f"channels of {tuple(shape)} do not divide into {groups} groups"
     )
     size = int(np.prod(shape[1:])) // groups
+    # Of a group of nothing torch's gradient of the weight is NaN, though no element has a part in it.
+    require(size > 0, f"elements in each of {groups} groups are required, got {tuple(shape)}")
     return Layout(tuple(shape), (shape[0], groups, size), (2,), (shape[0], groups), (1,))
 
 

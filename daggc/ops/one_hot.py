@@ -18,6 +18,7 @@ from daggc.ops.opdef import NOT_DIFFERENTIABLE, Axes, OpDef, Sample, copy_cost, 
 def _infer_one_hot(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     (index,) = inputs
     require(index.dtype == "i64", f"i64 indices are required, got {index}")
+    require(attrs["num_classes"] > 0, f"at least one class is required, got {attrs['num_classes']}")
     return (index.with_(shape=(*index.shape, attrs["num_classes"])),)
 
 

@@ -35,8 +35,9 @@ ADAPTIVE_CASES = (((2, 3, 6, 8), (3, 4)), ((2, 3, 7, 5), (3, 2)), ((2, 3, 7), (4
 
 
 def spatial_shape(x: TensorType) -> tuple[int, ...]:
-    """x's trailing axes. Raises TypeRuleError unless there are one to three."""
+    """x's trailing axes. Raises TypeRuleError unless there are one to three, and channels and positions to pool."""
     require(3 <= x.rank <= 5, f"x [n, c, *spatial] with 1 to 3 spatial axes is required, got {x}")
+    require(all(x.shape[1:]), f"only the batch axis can be of size 0, got {x}")
     return x.shape[2:]
 
 

@@ -48,6 +48,7 @@ def _infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]
     require(h.rank == 2 and h.shape[0] == x.shape[1], f"a state [N, P] for each sequence is required, got {h}")
     size = inputs[2].shape[1] if lstm else h.shape[1]
     gates, (batch, out) = GATES[cell] * size, h.shape
+    require(size > 0 < out, f"states of at least one number are required, got {h}")  # oneDNN divides by their size
     fits = out < size if attrs["projected"] else out == size
     require(fits, f"states of one size, or projected to a smaller one, are required, got {out} and {size}")
     require(not attrs["projected"] or out < size, f"a projection to fewer numbers than {size} is required, got {out}")

@@ -74,11 +74,15 @@ def _reduced_type(x: TensorType, attrs: Attrs) -> TensorType:
     )
 
 
-def _infer(kinds: str) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
+def _infer(kinds: str, extremum: bool) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
     def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         (x,) = inputs
         require(kind(x.dtype) in kinds, f"an input of a dtype of kind {', '.join(kinds)} is required, got {x}")
-        return (_reduced_type(x, attrs),)
+        result = _reduced_type(x, attrs)
+        if extremum or math.isinf(attrs.get("ord", 0)):
+            some = all(x.shape[dim] > 0 for dim in attrs["dims"])
+            require(some, f"nothing has no extremum: axes that are not empty are required, got {x}")
+        return (result,)
 
     return infer
 
@@ -139,8 +143,12 @@ def reduction(
     samples: Sequence[Sample] | None = None,
     decompose: Decompose | None = None,
     complex_rule: ComplexRule = REAL_ONLY,
+    extremum: bool = False,
 ) -> None:
-    """Register ``y = name(x) {dims, keepdim}``. ``vjp(builder, node, ct)`` gives the cotangent of x."""
+    """Register ``y = name(x) {dims, keepdim}``. ``vjp(builder, node, ct)`` gives the cotangent of x.
+
+    An ``extremum`` is one of at least one element, and so is a norm of infinite order.
+    """
 
     def pull_back(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
         assert cts[0] is not None and not isinstance(vjp, Derivative)
@@ -150,7 +158,7 @@ def reduction(
     register(
         OpDef(
             name=name,
-            infer=_infer(kinds),
+            infer=_infer(kinds, extremum),
             evaluate=evaluate,
             vjp=rule,
             complex=complex_rule,
@@ -282,6 +290,7 @@ for _op, _function, _short in (("amax", np.max, "max"), ("amin", np.min, "min"))
         },
         kinds="bif",
         samples=_samples("distinct"),
+        extremum=True,
     )
 
 # --- prod ---------------------------------------------------------------------------------------------

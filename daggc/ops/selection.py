@@ -50,10 +50,11 @@ def _median_rank(x: np.ndarray, skip_nan: bool) -> np.ndarray:
 # --- of all elements ----------------------------------------------------------------------------------
 
 
-def _infer_all(kinds: str) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
+def _infer_all(kinds: str, of_nothing: bool) -> Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]:
     def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         (x,) = inputs
-        require(x.numel > 0 and kind(x.dtype) in kinds, f"elements of a kind of {kinds} are required, got {x}")
+        some = x.numel > 0 or (of_nothing and x.is_float)
+        require(some and kind(x.dtype) in kinds, f"elements of a kind of {kinds} are required, got {x}")
         return (x.with_(shape=()),)
 
     return infer
@@ -74,6 +75,8 @@ def _all_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
 def _median_of_all(skip_nan: bool) -> Callable[[np.ndarray], np.ndarray]:
     def median(x: np.ndarray) -> np.ndarray:
         flat = x.reshape(-1)
+        if not flat.size:
+            return np.asarray(np.nan)
         return np.sort(flat)[_median_rank(flat, skip_nan)]
 
     return median
@@ -92,7 +95,7 @@ for _op, _function, _kinds in (
     register(
         OpDef(
             name=_op,
-            infer=_infer_all(_kinds),
+            infer=_infer_all(_kinds, of_nothing="median" in _op),
             evaluate=lambda node, x, function=_function: np.asarray(function(wide(x)), node.output.type.numpy_dtype),
             vjp=_all_vjp,
             cost=reduction_cost(1 if _op in ("max", "min") else 10),

@@ -48,6 +48,7 @@ def _counts(spatial: Sequence[int], attrs: Attrs) -> tuple[int, ...]:
 
 def _columns_type(x: TensorType, attrs: Attrs) -> TensorType:
     require(x.is_float and x.rank == 4, f"floats [n, c, height, width] are required, got {x}")
+    require(all(x.shape[1:]), f"only the batch axis can be of size 0, got {x}")
     rows, columns = _counts(x.shape[2:], attrs)
     cells = attrs["kernel"][0] * attrs["kernel"][1]
     return x.with_(shape=(x.shape[0], x.shape[1] * cells, rows * columns))

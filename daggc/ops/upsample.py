@@ -20,6 +20,7 @@ _NAMES = {False: "upsample_nearest", True: "_upsample_nearest_exact"}
 
 def _spatial(x: TensorType, attrs: Attrs) -> tuple[int, ...]:
     require(x.is_float and 3 <= x.rank <= 5, f"floats [n, c, *spatial] with 1 to 3 spatial axes are required, got {x}")
+    require(all(x.shape[1:]), f"only the batch axis can be of size 0, got {x}")
     size, scales = attrs["output_size"], attrs["scales"]
     require(len(size) == x.rank - 2 and min(size) > 0, f"a spatial shape for {x} is required, got {size}")
     require(scales is None or len(scales) == len(size), f"a factor for each spatial axis is required, got {scales}")

@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from daggc.errors import PlanError
 from daggc.ir.attrs import Attr, Attrs
@@ -36,7 +37,8 @@ from daggc.plan import bodies as make
 from daggc.plan.bodies import Group, state_target
 from daggc.plan.part import FRACTION, TOTAL, Part, Step, check_parts
 from daggc.plan.place import place
-from daggc.plan.schedule import Schedule, Task, schedule_named
+from daggc.plan.schedule import Task
+from daggc.plan.step_order import held_back, schedule_of
 
 _SHARED = ("param", "buffer", "constant")
 
@@ -51,6 +53,7 @@ def step_graph(
     clip: bool = False,
     chain_buffers: bool = True,
     donate: bool = False,
+    times: Mapping[str, Any] | None = None,
 ) -> Step:
     """Assemble a training step.
 
@@ -59,12 +62,14 @@ def step_graph(
         sizes: samples of each microbatch, in order; each is a key of ``parts``.
         groups: the optimizer's parameter groups. Parameters without a gradient are left alone, as torch does.
         devices: the device of each stage, or of each of its replicas.
-        schedule: ``gpipe`` or ``1f1b``.
+        schedule: one of :data:`daggc.plan.schedule.SCHEDULES`.
         clip: multiply gradients by ``min(max norm / (global norm + 1e-6), 1)``.
         chain_buffers: each microbatch reads the buffers that the one before it left. Where the cut of the batch
             is exact, buffers do not depend on the samples, and False gives what one whole batch would. Each
             replica of a stage passes on its own, and the step leaves the first one's.
         donate: optimizer state may be updated in place.
+        times: what the order of tasks may depend on: ``seconds`` and ``transfer`` of
+            :class:`daggc.plan.schedule.Options`, of one microbatch.
 
     Returns:
         A step whose graph has these ports beside parameters, buffers and constants by their names. Inputs:
@@ -78,7 +83,7 @@ def step_graph(
     Raises:
         PlanError: parts do not fit together, or name parameters or stages that are not there.
     """
-    assembly = _Assembly(parts, tuple(sizes), groups, devices, schedule, clip, chain_buffers, donate)
+    assembly = _Assembly(parts, tuple(sizes), groups, devices, schedule, clip, chain_buffers, donate, times)
     return assembly.build()
 
 
@@ -109,6 +114,7 @@ class _Assembly:
         clip: bool,
         chain_buffers: bool,
         donate: bool,
+        times: Mapping[str, Any] | None,
     ) -> None:
         check_parts(parts, sizes, len(devices))
         self.b = REGISTRY.builder("step")
@@ -117,8 +123,7 @@ class _Assembly:
         self.replicas = tuple((own,) if isinstance(own, str) else tuple(own) for own in devices)
         self.device_of: dict[str, str] = {}  # task -> device
         first = parts[sizes[0]]
-        split = any(node.attrs["phase"] == "weight_grad" for part in parts.values() for node in part.main.nodes)
-        self.schedule = _schedule(schedule, self.replicas, len(sizes), split)
+        self.schedule = schedule_of(schedule, self.replicas, len(sizes), first.main, times or {})
         self.sizes = sizes
         names = {size: "" if len(parts) == 1 else f".x{size}" for size in parts}
         self.microbatches = [_Microbatch(k, parts[size], names[size]) for k, size in enumerate(sizes)]
@@ -132,7 +137,7 @@ class _Assembly:
         self.added: dict[tuple[str, int], int] = {}  # likewise: the last microbatch whose gradient is in that sum
         self.owner = self._owners()
         self.plain: dict[str, Graph] = {}
-        self.after = _credit_edges(self.schedule)
+        self.after = held_back(self.schedule)
 
     # --- what there is --------------------------------------------------------------------------------
 
@@ -487,22 +492,3 @@ def _identifier(name: str) -> str:
 def _numbered(name: str, owner: int, mark: str = ".") -> str:
     """The name of what one replica of a stage does for the parameters at home there."""
     return f"{name}{mark}{owner}" if owner else name
-
-
-def _schedule(name: str, replicas: Sequence[tuple[str, ...]], microbatches: int, split_backward: bool) -> Schedule:
-    numbers = {device: index for index, device in enumerate(dict.fromkeys(own[0] for own in replicas))}
-    order = [numbers[own[0]] for own in replicas]
-    return schedule_named(name)(len(replicas), microbatches, order, split_backward=split_backward)
-
-
-def _credit_edges(schedule: Schedule) -> dict[Task, tuple[Task, ...]]:
-    """Forward tasks that wait for a backward of their stage, so that no more microbatches are in flight."""
-    edges: dict[Task, tuple[Task, ...]] = {}
-    for order in schedule.orders:
-        latest: dict[int, Task] = {}
-        for task in order:
-            if task.phase == "backward":
-                latest[task.stage] = task
-            elif task.phase == "forward" and task.stage in latest:
-                edges[task] = (latest[task.stage],)
-    return edges

@@ -12,8 +12,11 @@ from daggc.ir.types import TensorType
 from daggc.ops import REGISTRY
 from daggc.ops.opdef import t
 
-KEY = t(2, dtype="i64")
+KEY, MASK = t(2, dtype="i64"), t(2, dtype="bool")
 GRID = {"mode": "bilinear", "padding": "zeros", "align_corners": False}
+RESIZED = {"filter": "linear", "scales": None, "align_corners": False, "antialias": False}
+LAYER = (t(5, 2, 3), t(2, 4), t(12, 3), t(12, 4))
+GRU = {"cell": "gru", "bias": False, "projected": False, "reverse": False}
 DRAW = {"dtype": "f64", "shape": (2,)}
 
 REFUSED: list[tuple[str, tuple[TensorType, ...], dict[str, Any], str]] = [  # and what the message says
@@ -32,6 +35,21 @@ REFUSED: list[tuple[str, tuple[TensorType, ...], dict[str, Any], str]] = [  # an
     ("searchsorted", (t(2, 4), t(2, 3, 5)), {"right": False}, "one sorted row"),
     ("searchsorted", (t(), t(3)), {"right": False}, "one sorted row"),
     ("nonzero_static", (t(3, dtype="bool"),), {"size": -1, "fill": 0}, "number of rows"),
+    ("cholesky_solve", (t(3, 2, dtype="f32"), t(3, 3)), {}, "one dtype and rank"),
+    ("cholesky_solve", (t(3), t(3, 3)), {}, "one dtype and rank"),
+    ("lstsq", (t(2, 3, 2), t(3, 1)), {"driver": "gels", "rcond": 0.0}, "one dtype and rank"),
+    ("lstsq", (t(3, 2), t(3, 1, dtype="f32")), {"driver": "gels", "rcond": 0.0}, "one dtype and rank"),
+    ("lstsq", (t(3, 2), t(3, 1)), {"driver": "gesv", "rcond": 0.0}, "driver must be"),
+    *(
+        ("interpolate", (t(2, 3, 4, 4),), {**RESIZED, "output_size": (8, 8), flag: 0}, "two bools")
+        for flag in ("align_corners", "antialias")
+    ),
+    ("interpolate", (t(2, 3),), {**RESIZED, "output_size": ()}, "1 to 3 spatial axes"),
+    ("interpolate", (t(2, 3, 4, 4, 4, 4),), {**RESIZED, "output_size": (2, 2, 2, 2)}, "1 to 3 spatial axes"),
+    ("where_scalar", (MASK, t(2)), {"value": 1j}, "a number that"),
+    ("where_scalar", (MASK, t(2, dtype="c64")), {"value": "1j"}, "a number that"),
+    ("where_scalar", (MASK, MASK), {"value": 1}, "would change the dtype"),
+    *(("recurrent_layer", LAYER, {**GRU, flag: 0}, "are bools") for flag in ("bias", "projected", "reverse")),
 ]
 
 
@@ -45,6 +63,10 @@ ADMITTED: list[tuple[str, tuple[TensorType, ...], dict[str, Any]]] = [
     ("adaptive_avg_pool", (t(2, 3, 4, 5),), {"output_size": (1, 1)}),
     ("batch_norm_backward", (t(1, 1), t(1, 1), t(1), t(1)), {}),
     ("check", (t(2), t(2, dtype="bool")), {"expected": (0, 1)}),
+    ("recurrent_layer", LAYER, GRU),
+    ("where_scalar", (MASK, t(2, dtype="c64")), {"value": 1j}),
+    ("where_scalar", (MASK, t(2, dtype="i64")), {"value": 2}),
+    ("where_scalar", (MASK, MASK), {"value": True}),
 ]
 
 

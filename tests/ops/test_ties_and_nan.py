@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import daggc
 from daggc.errors import CaptureError
+from daggc.interp import interpret
+from daggc.ir.graph import Program
+from daggc.ops import REGISTRY
+from daggc.ops.opdef import t
+from daggc.passes.vjp import vjp
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = {
@@ -72,6 +78,22 @@ def test_gradients_are_those_of_torch(name: str):
             value_and_gradient(compiled, numbers), value_and_gradient(FUNCTIONS[name], numbers), strict=True
         ):
             torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-10, atol=1e-12, msg=f"{name} of {kind}")
+
+
+def test_second_derivatives_where_nothing_varies():
+    """Of a standard deviation that is 0."""
+    numbers = np.array([[2.0, 2, 2], [1, 2, 4]])
+    b = REGISTRY.builder("forward")
+    b.output(b.emit("std", b.input(t(2, 3), "input", "0"), dims=(1,), keepdim=False, correction=1), "output", "0")
+    first, second = np.array([1.0, 2.0]), np.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    inputs = {"input:0": numbers, "cotangent:output:0": first, "cotangent:grad:input:0": second}
+    with np.errstate(all="ignore"):
+        found = interpret(vjp(vjp(Program({"forward": b.build()}))), inputs)
+    x, ct = (torch.tensor(array, requires_grad=True) for array in (numbers, first))
+    (slope,) = torch.autograd.grad(x.std(1), x, ct, create_graph=True)
+    wanted = torch.autograd.grad(slope, (x, ct), torch.tensor(second))
+    for ref, tensor in zip(("grad:input:0'", "grad:cotangent:output:0"), wanted, strict=True):
+        np.testing.assert_allclose(found[ref], tensor, rtol=1e-10, atol=1e-12, err_msg=ref)
 
 
 def test_as_strided_outside_of_its_tensor_is_refused():

@@ -2,7 +2,7 @@
 
 Each sample is changed a little in many ways: an axis longer, shorter or gone, all axes of one size together, numbers
 in attributes one more or less, flags turned. Most of that is refused; what is not must work. Axes of size 0 are left
-out: torch's kernels refuse many of them, each in its own way, and some end the process.
+to test_empty_axes.py.
 """
 
 from __future__ import annotations

@@ -263,6 +263,14 @@ def test_replicas_add_up_to_the_whole_batch(build, layout, microbatches):
     assert "F0.0" in str(step)
 
 
+@pytest.mark.parametrize("build", [mlp, attention])
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-1p", "zb-2p", "dag"])
+def test_zero_bubble_schedules_and_those_of_a_dag(build, schedule):
+    step = assert_equals_plain(build, 8, 4, 2, GROUPS["adamw"](build), schedule=schedule, split_backward=True)
+    assert step.schedule.name == schedule
+    simulate(step.graph, step.program, cluster_of([cpu_device(0), cpu_device(1)]))
+
+
 def test_replicas_share_the_updates_and_each_state_lives_once():
     step = step_of(mlp, 8, 4, 1, GROUPS["adamw"](mlp), [("cpu:0", "cpu:1")])
     tasks = {node.attrs["task"]: node.attrs["device"] for node in step.graph.nodes if node.op == "call"}

@@ -43,6 +43,8 @@ TOOLS = (
         "../../tests/ops/test_kinks.py",
     ),
     *(f"../../tests/ops/test_{name}.py" for name in ("attention", "axes", "build", "importers", "order", "refusals")),
+    "../../tests/ops/test_arithmetic.py",
+    "../../tests/ops/test_softmax.py",
     "../../tests/ops/test_ties_and_nan.py",
     *("../../tests/passes/test_meaning.py", "../../tests/passes/test_differentiate.py"),
     *("../../tests/passes/test_microbatch.py", "../../tests/helpers.py"),

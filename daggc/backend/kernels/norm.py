@@ -90,7 +90,8 @@ def rms_norm_backward(
     x_ct = ((slope - unit * (slope * unit).mean(dims, keepdim=True)) * rstd).to(x.dtype)
     if weight is None:
         return (x_ct,)
-    weight_ct = (wide * unit).reshape(-1, *normalized_shape).sum(0)
+    rows = math.prod(x.shape[: x.dim() - len(normalized_shape)])
+    weight_ct = (wide * unit).reshape(rows, *normalized_shape).sum(0)
     return x_ct, weight_ct.to(weight.dtype)
 
 

@@ -187,11 +187,11 @@ class Follower:
         return None
 
     def _product(self, index: int, node: Node, states: Sequence[State]) -> Sequence[State] | None:
-        """A sum times, or divided by, what is the same for all microbatches or can be made so."""
+        """A sum times, or divided by, what is the same for all microbatches or can be made so; one of both is a sum."""
         x, y = states
-        if x.additive and y.kind == "invariant":
+        if y.kind == "invariant":
             return [State(x.kind, x.known and y.known)]
-        if node.op == "mul" and y.additive and x.kind == "invariant":
+        if node.op == "mul" and x.kind == "invariant":
             return [State(y.kind, x.known and y.known)]
         if x.additive and y.additive and y.known:
             self._totals(index, states, [1])
