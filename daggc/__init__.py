@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from daggc.frontend.opaque import opaque as opaque
     from daggc.plan.plan import Plan as Plan
     from daggc.plan.request import plan_on as plan  # noqa: F401  # the public name
+    from daggc.runtime.calibrate import calibrate as calibrate
     from daggc.runtime.compile import compile as compile
 
 

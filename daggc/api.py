@@ -63,6 +63,7 @@ _ELSEWHERE = {
     **dict.fromkeys(_ERRORS, "daggc.errors"),
     "Capture": "daggc.frontend.export",
     "Plan": "daggc.plan.plan",
+    "calibrate": "daggc.runtime.calibrate",
     "capture": "daggc.frontend.export",
     "compile": "daggc.runtime.compile",
     "opaque": "daggc.frontend.opaque",

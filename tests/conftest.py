@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -13,6 +15,7 @@ settings.register_profile("deep", max_examples=2000, deadline=None, suppress_hea
 settings.load_profile("quick")
 
 torch.set_num_threads(1)
+os.environ.setdefault("DAGGC_CALIBRATE", "off")  # tests that measure say so; others would differ from day to day
 
 
 @pytest.fixture(scope="session")

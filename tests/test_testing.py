@@ -11,7 +11,7 @@ from daggc.ir.graph import Program, Value
 from daggc.ir.types import TensorType
 from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
-from daggc.ops.opdef import Arg
+from daggc.ops.opdef import Arg, Sample
 from daggc.testing import (
     Slope,
     domain_of,
@@ -25,8 +25,10 @@ from daggc.testing import (
     with_dtype,
 )
 from daggc.testing.choices import Replayed, Seeded, shrink
+from daggc.testing.grow import Grower
 from daggc.testing.likeness import Likeness, of_models
 from daggc.testing.programs import grow_program
+from daggc.testing.samples import OpSample
 
 DOMAINS = ("real", "positive", "unit", "large", "nonzero", "distinct", "bool", "small", "count", "index:5", "key")
 
@@ -169,6 +171,29 @@ def test_programs_like_models_join_ops_as_models_do():
     pairs = {(maker, op) for maker, op, _ in found.counts}
     assert sum(pair in pairs for pair in frequent) >= 0.8 * len(frequent)
     assert set(wanted.ops) <= set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("op", "number", "is_read"),
+    [
+        ("mode", np.nan, False),
+        ("layer_norm", np.nan, True),
+        ("layer_norm", np.inf, False),
+        ("attention", -np.inf, False),
+        ("cumsum", np.nan, True),
+    ],
+)
+def test_numbers_that_torch_has_no_one_answer_for_are_not_read(op: str, number: float, is_read: bool):
+    """The mode among nans; the mean that a norm keeps of infinities."""
+    sample = next(sample for sample in op_samples() if sample.op.name == op)
+    inputs = sample.sample.inputs
+    grower = Grower(Seeded(0), differentiable=False, likeness=None)
+    attrs = {"value": number, "shape": inputs[0].type.shape, "dtype": "f64"}
+    grower.add(OpSample(REGISTRY["full"], Sample((), attrs), 0), ())
+    found = grower.recent()
+    assert found is not None
+    grower.add(sample, (True,) * len(inputs), 0, found[0])
+    assert (found[0] in grower.b.nodes[-1].inputs) == is_read
 
 
 def test_a_dtype_that_an_op_refuses():

@@ -120,6 +120,21 @@ def plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def _examples(model: nn.Module, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors to export with: each another object, on the meta device where the model is.
+
+    Export takes one tensor given twice for one input. A giant model is captured without memory for its weights.
+    """
+    parameters = list(model.parameters())
+    meta = bool(parameters) and all(parameter.is_meta for parameter in parameters)
+    found: list[torch.Tensor] = []
+    for leaf in leaves:
+        example = leaf.to("meta") if meta else leaf
+        twice = any(example is other for other in found)
+        found.append(example.detach().requires_grad_(example.requires_grad) if twice else example)
+    return found
+
+
 def _under_autocast(call: Call, state: State) -> Call:
     def under_autocast(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with autocast_of(state):
@@ -149,6 +164,7 @@ def capture(
     leaves, in_spec = flatten((tuple(args), dict(kwargs or {})))
     for leaf in leaves:
         ir_type(leaf)  # refuses what the IR cannot hold
+    leaves = _examples(model, leaves)
     before = Attributes.of(model)
     answers: Answers = ()
     try:

@@ -1,21 +1,26 @@
-"""The roofline: how long a node takes on a device, from its FLOPs, its bytes and the device's rates.
+"""How long a node takes on a device: what was measured of that node, else a curve of its op, else the roofline.
 
     t = max(launch + FLOPs / rate(op class), bytes / bandwidth)
 
-An opaque Python function tells nothing of its work; each counts as one equal chunk of it.
+Curves and measured times are there once a device was calibrated (:mod:`daggc.runtime.calibrate`). An opaque Python
+function tells nothing of its work; each counts as one equal chunk of it, unless it was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from daggc.ir.graph import Graph, Node, Program
 from daggc.ops import REGISTRY
-from daggc.ops.opdef import Cost
+from daggc.ops.opdef import Cost, node_bytes
 from daggc.plan.device import Device
+from daggc.plan.layout import copying
 
 OPAQUE_SECONDS = 1e-2  # a chunk, on any device: far above what the ops around it take
 
@@ -46,7 +51,32 @@ def graph_flops(graph: Graph, program: Program | None = None) -> float:
 
 def graph_seconds(graph: Graph, device: Device) -> float:
     """Time of a graph's nodes one after another on a device, with the overhead of one task."""
-    return device.overhead + float(Costs.of(graph.nodes).seconds(device).sum())
+    return device.overhead + body_seconds(graph, device)
+
+
+def body_seconds(graph: Graph, device: Device) -> float:
+    """Time of a task's inputs and nodes on a device: from its first argument to its last op."""
+    return device.argument * len(graph.inputs) + float(Costs.of(graph.nodes).seconds(device).sum())
+
+
+def node_key(node: Node) -> str:
+    """What a node does, for measured times: op, input types, attributes; nothing of names, paths or devices."""
+    types = ", ".join(str(value.type.with_(device=None)) for value in node.inputs)
+    text = f"{node.op}({types}) {{{node.attrs}}}"
+    return text if len(text) <= _LONGEST_KEY else f"{node.op}:{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+_LONGEST_KEY = 200
+COPY = "copy"  # the curve of reshapes that move their elements
+OUTER = "outer_product"  # that of products of matrices whose inner axis is short
+
+
+class Kind(NamedTuple):
+    """What a node's curve is chosen by."""
+
+    op: str
+    dtype: str
+    op_class: str
 
 
 @dataclass(frozen=True)
@@ -56,34 +86,92 @@ class Costs:
     Attributes:
         flops: FLOPs.
         bytes: bytes read and written.
-        classes: index into ``names``, the op classes that occur.
+        kinds: index into ``names``, the kinds that occur.
         opaque: whether the node is a Python function.
+        nodes: what they are the costs of.
     """
 
     flops: np.ndarray
     bytes: np.ndarray
-    classes: np.ndarray
-    names: tuple[str, ...]
+    kinds: np.ndarray
+    names: tuple[Kind, ...]
     opaque: np.ndarray
+    nodes: tuple[Node, ...]
 
     @staticmethod
     def of(nodes: Iterable[Node]) -> Costs:
-        nodes = list(nodes)
-        costs: Sequence[Cost] = [REGISTRY[node.op].cost(node) for node in nodes]
-        names = tuple(sorted({cost.op_class for cost in costs}))
-        number = {name: index for index, name in enumerate(names)}
+        """Costs of nodes in the order in which they run: a reshape copies if what makes its input lies so."""
+        nodes = tuple(nodes)
+        costs: list[Cost] = [REGISTRY[node.op].cost(node) for node in nodes]
+        copies = copying(nodes, [cost.op_class for cost in costs])
+        costs = [
+            Cost(0, node_bytes(node), COPY) if copied else cost
+            for node, cost, copied in zip(nodes, costs, copies, strict=True)
+        ]
+        kinds = [_kind(node, cost) for node, cost in zip(nodes, costs, strict=True)]
+        names = tuple(sorted(set(kinds)))
+        number = {kind: index for index, kind in enumerate(names)}
         return Costs(
             np.array([cost.flops for cost in costs], float),
             np.array([cost.bytes for cost in costs], float),
-            np.array([number[cost.op_class] for cost in costs], np.intp),
+            np.array([number[kind] for kind in kinds], np.intp),
             names,
             np.array([node.holds("python.call") for node in nodes], bool),
+            nodes,
+        )
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Under which measured times of the nodes are found."""
+        return tuple(
+            f"{COPY} {node_key(node)}" if self.names[kind].op == COPY else node_key(node)
+            for node, kind in zip(self.nodes, self.kinds, strict=True)
         )
 
     def seconds(self, device: Device) -> np.ndarray:
         """Time of each node on a device."""
-        rates = np.array([device.rate(name) for name in self.names] or [1.0])
-        views = np.array([name == "view" for name in self.names] or [False])
-        launch = np.where(views[self.classes], 0.2, 1.0) * device.launch
-        times = np.maximum(launch + self.flops / rates[self.classes], self.bytes / device.bandwidth)
-        return np.where(self.opaque, OPAQUE_SECONDS, times)
+        maps = device.flops, device.curves, device.profile, device.slowdown
+        key = (*map(id, maps), device.launch, device.bandwidth)
+        if key not in self._known:  # a cluster has many devices of few kinds
+            self._known[key] = maps, self._seconds(device)
+        return self._known[key][1].copy()
+
+    @cached_property
+    def _known(self) -> dict[tuple[float, ...], tuple[object, np.ndarray]]:
+        """Times by what they follow from; with the mappings, so that these live as long as their ids are used."""
+        return {}
+
+    def _seconds(self, device: Device) -> np.ndarray:
+        rates = np.array([device.rate(kind.op_class) for kind in self.names] or [1.0])
+        views = np.array([kind.op_class == "view" for kind in self.names] or [False])
+        launch = np.where(views[self.kinds], 0.2, 1.0) * device.launch
+        times = np.maximum(launch + self.flops / rates[self.kinds], self.bytes / device.bandwidth)
+        if device.curves:
+            for index, kind in enumerate(self.names):
+                curve = device.curve(*kind)
+                if curve is not None:
+                    here = self.kinds == index
+                    times[here] = curve.seconds(self.flops[here], self.bytes[here])
+        times = np.where(self.opaque, OPAQUE_SECONDS, times)
+        if device.profile:
+            measured = np.array([device.profile.get(key, np.nan) for key in self.keys])
+            times = np.where(np.isnan(measured), times, measured)
+        return times * self.slowdowns(device) if device.slowdown else times
+
+    def slowdowns(self, device: Device) -> np.ndarray:
+        """For each node, how many times as long it takes while the device's neighbours compute too."""
+        factors = np.array([device.slowdown.get(kind.op_class, 1.0) for kind in self.names] or [1.0])
+        return factors[self.kinds]
+
+
+def _kind(node: Node, cost: Cost) -> Kind:
+    dtype = node.outputs[0].type.dtype if node.outputs else ""
+    if cost.op_class == COPY:
+        return Kind(COPY, dtype, COPY)
+    outer = node.op == "matmul" and _is_outer(*(value.type.shape for value in node.inputs))
+    return Kind(OUTER if outer else node.op, dtype, cost.op_class)
+
+
+def _is_outer(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether a product of matrices makes much of little: it writes more than it reads, which is slow."""
+    return 4 * left[-1] < min(left[-2], right[-1])

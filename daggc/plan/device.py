@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 from daggc.errors import PlanError
+from daggc.plan.curves import Curve
 
 KINDS = ("cpu", "cuda")
+_MAPS = ("flops", "curves", "profile", "slowdown")  # fields of a device that are mappings
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,14 @@ class Device:
         launch: seconds that an op takes however small it is.
         host: the machine it is on; devices of one host share its cores, if :attr:`Cluster.cores` counts them.
         threads: cores that it keeps busy while it computes; 0 for a GPU.
+        curves: measured times by op (or op and dtype, as in ``matmul:f64``), or op class; where there is one it
+            stands in place of the roofline. See :mod:`daggc.plan.curves`.
+        profile: measured seconds of exact nodes, by :func:`daggc.plan.cost.node_key`; they come before all else.
+        hop: seconds from the end of a task to the start of one on the same device that waited for it, beyond
+            ``overhead``.
+        argument: seconds that each input of a task takes to be fetched and checked before its ops run.
+        slowdown: by op class, how many times as long ops take while the other devices of the host compute too: what
+            their memory and caches are shared for. Times are predicted with it, for that is the usual state.
     """
 
     name: str
@@ -37,6 +49,11 @@ class Device:
     launch: float = 5e-6
     host: str = ""
     threads: int = 1
+    curves: Mapping[str, Curve] = field(default_factory=dict, repr=False)
+    profile: Mapping[str, float] = field(default_factory=dict, repr=False)
+    hop: float = 0.0
+    slowdown: Mapping[str, float] = field(default_factory=dict)
+    argument: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,20 +62,34 @@ class Device:
             raise PlanError(f"device {self.name!r}: flops must name at least the op class 'elementwise'")
         if min(*self.flops.values(), self.bandwidth, self.memory) <= 0:
             raise PlanError(f"device {self.name!r}: rates and memory are positive")
-        if min(self.overhead, self.launch, self.threads) < 0:
+        if min(self.overhead, self.launch, self.threads, self.hop, self.argument) < 0:
             raise PlanError(f"device {self.name!r}: overheads and threads are not negative")
-        object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
+        if min(self.profile.values(), default=1.0) < 0 or min(self.slowdown.values(), default=1.0) <= 0:
+            raise PlanError(f"device {self.name!r}: measured times are not negative, and factors positive")
+        if not isinstance(self.curves, MappingProxyType):
+            curves = {name: curve if isinstance(curve, Curve) else Curve(curve) for name, curve in self.curves.items()}
+            object.__setattr__(self, "curves", curves)
+        for name in _MAPS:  # copies of a device share them
+            value = getattr(self, name)
+            if not isinstance(value, MappingProxyType):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
 
     def rate(self, op_class: str) -> float:
         """FLOP/s of an op class."""
         return self.flops.get(op_class, self.flops["elementwise"])
+
+    def curve(self, op: str, dtype: str, op_class: str) -> Curve | None:
+        """The curve of an op, of its dtype if there is one, else that of its op class."""
+        return self.curves.get(f"{op}:{dtype}") or self.curves.get(op) or self.curves.get(op_class)
 
     def __reduce__(self) -> tuple[type[Device], tuple[object, ...]]:
         return Device, tuple(self.to_json().values())
 
     def to_json(self) -> dict[str, object]:
         """Plain data; ``Device(**data)`` makes it again."""
-        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "flops": dict(self.flops)}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        curves = {name: [list(row) for row in curve.rows] for name, curve in self.curves.items()}
+        return {**plain, **{name: dict(getattr(self, name)) for name in _MAPS}, "curves": curves}
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,7 @@ class Cluster:
 
     Attributes:
         link: between any two devices that ``links`` does not name.
+        link_within_host: between two of one host that ``links`` does not name; by default ``link``.
         links: by pair of names, the same both ways.
         cores: by host: how many cores its devices, and the links that end there, share; a host that is not named
             has enough for all.
@@ -88,17 +120,22 @@ class Cluster:
     link: Link = Link()
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     cores: Mapping[str, int] = field(default_factory=dict)
+    link_within_host: Link | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", tuple(self.devices))
         if not self.devices:
             raise PlanError("a plan needs at least one device")
         names = [device.name for device in self.devices]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise PlanError(f"two devices are named {twice[0]!r}")
+        if len(self._by_name) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PlanError(f"two devices are named {twice!r}")
         for name in (name for pair in self.links for name in pair):
             self.device(name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Device]:
+        return {device.name: device for device in self.devices}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,16 +143,19 @@ class Cluster:
 
     def device(self, name: str) -> Device:
         """Raises PlanError naming the devices there are."""
-        for device in self.devices:
-            if device.name == name:
-                return device
-        raise PlanError(f"there is no device {name!r}; there are {', '.join(self.names)}")
+        if name not in self._by_name:
+            raise PlanError(f"there is no device {name!r}; there are {', '.join(self.names)}")
+        return self._by_name[name]
 
     def between(self, source: str, target: str) -> Link:
         """The link between two devices; a free one from a device to itself."""
         if source == target:
             return Link(0.0, float("inf"))
-        return self.links.get((source, target)) or self.links.get((target, source)) or self.link
+        named = self.links.get((source, target)) or self.links.get((target, source))
+        if named is None and self.link_within_host is not None:
+            host = self.device(source).host
+            named = self.link_within_host if host and host == self.device(target).host else None
+        return named or self.link
 
     def part(self, names: Sequence[str]) -> Cluster:
         """Some of the devices, in this order, and the links between them."""
@@ -123,12 +163,27 @@ class Cluster:
         return replace(self, devices=tuple(self.device(name) for name in names), links=links)
 
     def to_json(self) -> dict[str, object]:
+        """Plain data; :meth:`from_json` makes it a cluster again."""
+        within = self.link_within_host
         return {
             "devices": [device.to_json() for device in self.devices],
             "link": [self.link.latency, self.link.bandwidth],
             "links": [[*pair, link.latency, link.bandwidth] for pair, link in sorted(self.links.items())],
             "cores": dict(self.cores),
+            "link_within_host": within and [within.latency, within.bandwidth],
         }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Cluster:
+        """The cluster that :meth:`to_json` gave as plain data."""
+        within = data.get("link_within_host")
+        return Cluster(
+            tuple(Device(**device) for device in data["devices"]),
+            Link(*data["link"]),
+            {(source, target): Link(*link) for source, target, *link in data["links"]},
+            dict(data["cores"]),
+            within and Link(*within),
+        )
 
 
 _CPU = {"gemm": 6e10, "conv": 4e10, "attention": 2e10, "reduction": 2e9, "elementwise": 4e9, "opaque": 4e9}

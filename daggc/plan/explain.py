@@ -57,7 +57,7 @@ def _device_rows(plan: Plan, devices: Sequence[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in devices:
         own = [stage for stage in plan.stages if stage.device == name]
-        memory, busy = sum(stage.memory for stage in own), sum(stage.seconds for stage in own)
+        memory, busy = plan.memory[name], sum(stage.seconds for stage in own)
         room = plan.cluster.device(name).memory
         rows.append((name, f"{shares[name]:.1%}", nbytes(memory), nbytes(room), seconds(busy)))
     return rows

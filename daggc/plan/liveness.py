@@ -5,7 +5,7 @@ from __future__ import annotations
 from daggc.ir.graph import Graph, Node
 from daggc.ops import REGISTRY
 
-_SPREAD = ("permute", "broadcast", "slice", "diagonal")  # views whose elements no longer lie one after the other
+SPREAD = ("permute", "broadcast", "slice", "diagonal")  # views whose elements no longer lie one after the other
 
 
 def peak_bytes(graph: Graph) -> int:
@@ -22,9 +22,9 @@ def peak_bytes(graph: Graph) -> int:
         for value in node.inputs:
             last[memory[value.name]] = index
         for value in node.outputs:
-            if _shares(node, spread):
+            if shares_memory(node, spread):
                 memory[value.name] = memory[node.inputs[0].name]
-                if node.op in _SPREAD or node.inputs[0].name in spread:
+                if node.op in SPREAD or node.inputs[0].name in spread:
                     spread.add(value.name)
             else:
                 memory[value.name] = value.name
@@ -43,7 +43,8 @@ def peak_bytes(graph: Graph) -> int:
     return peak
 
 
-def _shares(node: Node, spread: set[str]) -> bool:
+def shares_memory(node: Node, spread: set[str]) -> bool:
+    """Whether a node's results are views of its first input. ``spread``: values whose elements are not in order."""
     if not node.inputs or REGISTRY[node.op].cost(node).op_class != "view":
         return False
     return node.op != "reshape" or node.inputs[0].name not in spread

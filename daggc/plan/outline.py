@@ -9,9 +9,10 @@ with ``split_backward``, what no other stage waits for (gradients of parameters)
      |     |     |
     W0 <- W1 <- W2          (gradients of parameters that two stages share are added here)
 
-A node may have been merged with an equal one of another stage (:mod:`daggc.passes.cse`), which could turn an
-arrow around; :func:`_settle` moves it to the stage where every arrow points as drawn. So the graph of tasks is
-acyclic and every task convex, whatever order of stages is asked for, as long as it is a topological one.
+Stages need not be a chain: of two towers neither reads the other, and their tasks may run at the same time. All that
+is asked for is that values never go from a higher stage to a lower one. A node that was merged with an equal one of
+another stage (:mod:`daggc.passes.cse`) could break that, and could tie stages together that are independent;
+:mod:`daggc.plan.settle` sees to it. So the graph of tasks is acyclic and every task convex.
 
 Cheap values are made again in each task that reads them rather than sent or kept: views, constants, and
 arithmetic on integers and constants alone (causal masks, position ids), where that makes no task's input larger.
@@ -21,16 +22,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from daggc.errors import PlanError, located
 from daggc.ir.attrs import Attrs
 from daggc.ir.graph import Graph, Node, Port, Value
 from daggc.ops import REGISTRY
 from daggc.ops.call import declare
 from daggc.passes.dce import live_nodes
 from daggc.passes.split import RECOMPUTED
+from daggc.plan.settle import settle
 
 FORWARD, BACKWARD, WEIGHT_GRAD = "forward", "backward", "weight_grad"
 RESIDENT = ("param", "buffer", "constant", "state")  # kinds of inputs that live on one device between runs
@@ -65,8 +66,8 @@ def outline(
     Raises:
         PlanError: a node's origin has no stage.
     """
-    forward = _forward_names(joint, primal)
-    stages = _settle(joint, forward, stage_of)
+    settled = settle(joint, primal, _forward_names(joint, primal), stage_of, cheap_values(primal))
+    joint, stages, forward = settled.graph, settled.stages, settled.forward
     phases = _phases(joint, forward, stages, split_backward)
     members: dict[tuple[int, str], list[Node]] = {}
     for node in joint.nodes:
@@ -96,29 +97,7 @@ def _forward_names(joint: Graph, primal: Graph) -> set[str]:
     return {node.outputs[0].name for node in live_nodes(joint, roots)}
 
 
-def _settle(joint: Graph, forward: set[str], stage_of: Mapping[str, int]) -> dict[str, int]:
-    """The stage of each node, by its first output: not above its users' in forward, not below them in backward."""
-    lowest: dict[str, int] = {}  # of the users of a value in the forward phase
-    highest: dict[str, int] = {}  # of those in the backward phase
-    stages: dict[str, int] = {}
-    for node in reversed(joint.nodes):
-        name = node.outputs[0].name
-        closest, bounds = (min, lowest) if name in forward else (max, highest)
-        stage = stage_of.get(origin_of(node))
-        if stage is None:
-            # The sum of the cotangents of one value that is two outputs is of no node; it goes to its reader.
-            if name in forward or node.origin:
-                raise PlanError(located(f"{node.op} %{name} belongs to no stage", node.path, node.source))
-            stage = max((bounds[value.name] for value in node.outputs if value.name in bounds), default=0)
-        for value in node.outputs:
-            stage = closest(stage, bounds.get(value.name, stage))
-        stages[name] = stage
-        for value in node.inputs:
-            bounds[value.name] = closest(stage, bounds.get(value.name, stage))
-    return stages
-
-
-def _phases(joint: Graph, forward: set[str], stages: Mapping[str, int], split_backward: bool) -> dict[str, str]:
+def _phases(joint: Graph, forward: Set[str], stages: Mapping[str, int], split_backward: bool) -> dict[str, str]:
     """The phase of each node, by its first output."""
     phases = {node.outputs[0].name: FORWARD if node.outputs[0].name in forward else BACKWARD for node in joint.nodes}
     if not split_backward:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import networkx as nx
 
 from daggc.errors import DifferentiationError, PlanError
 from daggc.ir.graph import Graph, Node, Program
 from daggc.passes.split import split
 from daggc.passes.vjp import differentiate, simplify
-from daggc.plan.cost import Costs, graph_flops
+from daggc.plan.cost import graph_flops, graph_seconds
 from daggc.plan.device import Cluster
 from daggc.plan.explain import explain
 from daggc.plan.outline import outline, unit_of
-from daggc.plan.partition import Alternative, Partition, device_loads, memory_of, partition
+from daggc.plan.partition import Alternative, Partition, memory_of
+from daggc.plan.partition import partition as make_partition
+from daggc.plan.partition.bounds import latency_bound, work_bound
 from daggc.plan.place import place
+from daggc.plan.recomputation import recomputing
+from daggc.plan.simulate import simulate
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ class Plan:
         joint: primal and cotangent nodes as one graph, before cutting.
         main: ``joint`` outlined into calls, not placed.
         placed: ``main`` with devices and transfers.
-        seconds: predicted for one batch, from input to the last gradient: the critical path.
+        seconds: predicted for one batch, from input to the last gradient.
         slowest: seconds the busiest device is busy for one batch; the time of a step in a full pipeline.
-        bound: seconds below which no cut can bring ``slowest``.
+        bound: seconds below which no placement can bring ``slowest``; ``seconds_bound``: ``seconds``. Neither counts
+            transfers or memory, so that the best may be above them.
+        memory: bytes that each device is expected to need: what its stages keep, and its largest op.
         critical: tasks on the critical path.
         alternatives: what was considered, the chosen cut first.
         notes: what a user should know.
@@ -78,6 +83,8 @@ class Plan:
     seconds: float
     slowest: float
     bound: float
+    seconds_bound: float
+    memory: Mapping[str, float]
     critical: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
@@ -117,6 +124,8 @@ class Plan:
             "seconds": self.seconds,
             "slowest": self.slowest,
             "bound": self.bound,
+            "seconds_bound": self.seconds_bound,
+            "memory": dict(self.memory),
             "critical": list(self.critical),
             "alternatives": [vars(alternative) for alternative in self.alternatives],
             "notes": list(self.notes),
@@ -133,6 +142,8 @@ def plan_model(
     split_backward: bool = False,
     training: bool = True,
     microbatches: int = 1,
+    partition: str = "auto",
+    remat: str = "none",
 ) -> Plan:
     """Differentiate a captured program, cut it into stages, and place their tasks.
 
@@ -140,10 +151,13 @@ def plan_model(
         program: has ``@forward`` alone.
         wrt: refs of the inputs to differentiate with respect to; see :func:`~daggc.passes.vjp.differentiate`.
         stages: how many stages to make; by default as many as there are devices, if that helps.
-        pins: pattern of module paths -> device, such as ``{"blocks.0": "cpu:1"}``.
+        pins: pattern of module paths -> device, such as ``{"blocks.0": "cpu:1"}``, or devices where not to be:
+            ``{"blocks.*": "!cpu:0"}``; see :func:`~daggc.plan.partition.pins.resolve_pins`.
         split_backward: make tasks of their own of the gradients of parameters.
         training: whether there is a backward at all.
         microbatches: that a step will be made of; see :func:`~daggc.plan.partition.partition`.
+        partition: ``line``, ``list`` or ``auto``; see :func:`~daggc.plan.partition.partition`.
+        remat: what the backward computes again; see :func:`~daggc.plan.recomputation.recomputing`.
 
     Raises:
         PlanError: nothing fits the devices, or a pin cannot be kept.
@@ -155,14 +169,23 @@ def plan_model(
     joint = simplify(differentiate(forward, wrt) if training else forward)
     if training and len(joint.inputs) == len(forward.inputs):
         raise DifferentiationError("no output of @forward depends differentiably on what was asked for")
-    cut = partition(joint, forward, cluster, stages=stages, pins=pins, microbatches=microbatches)
+    cut = make_partition(
+        recomputing(joint, forward, remat),
+        forward,
+        cluster,
+        stages=stages,
+        pins=pins,
+        microbatches=microbatches,
+        how=partition,
+    )
+    joint = recomputing(joint, forward, remat, cut.stage_of)
     main, bodies = outline(joint, forward, cut.stage_of, split_backward=split_backward)
     names = [cluster.devices[segment.device].name for segment in cut.cut.segments]
     placed = place(main, lambda node: names[node.attrs["stage"]])
     first, second = split(placed, forward)
     graphs = (first, second) if training else (first,)
     planned = replace(program, graphs={}).with_graphs(*graphs, *bodies.values(), provenance="plan")
-    seconds, critical = critical_path(placed, bodies, cluster)
+    times = node_times(bodies, cluster)
     return Plan(
         program=planned,
         cluster=cluster,
@@ -172,10 +195,12 @@ def plan_model(
         main=main,
         placed=placed,
         training=training,
-        seconds=seconds,
-        slowest=max(device_loads(cut.work, cluster, cut.cut.segments).values()),
-        bound=lower_bound(cut, cluster),
-        critical=critical,
+        seconds=simulate(placed, Program(bodies), cluster, times).makespan,
+        slowest=cut.predicted.slowest,
+        bound=work_bound(cut.work, cluster),
+        seconds_bound=latency_bound(joint, cut.work, cluster),
+        memory={cluster.names[device]: nbytes for device, nbytes in cut.predicted.memory.items()},
+        critical=critical_path(placed, times),
         alternatives=cut.cut.alternatives,
         notes=cut.cut.notes,
     )
@@ -191,6 +216,7 @@ def _stages(cut: Partition, cluster: Cluster, microbatches: int) -> tuple[Stage,
     work, segments = cut.work, cut.cut.segments
     total = max(float(work.flops.sum()), 1e-30)
     stages: list[Stage] = []
+    sent, returned = _traffic(cut)
     for index, segment in enumerate(segments):
         here = slice(segment.start, segment.stop)
         device = cluster.devices[segment.device]
@@ -205,54 +231,63 @@ def _stages(cut: Partition, cluster: Cluster, microbatches: int) -> tuple[Stage,
                 share=flops / total,
                 param_bytes=float(work.params[here].sum()),
                 memory=memory_of(work, segments, index, microbatches),
-                sent=float(work.sent[segment.stop]),
-                returned=float(work.returned[segment.stop]),
+                sent=sent[index],
+                returned=returned[index],
                 seconds=float(work.seconds(device)[here].sum()) + device.overhead * work.passes,
             )
         )
     return tuple(stages)
 
 
-def lower_bound(cut: Partition, cluster: Cluster) -> float:
-    """Seconds that the slowest device of any cut is busy at least.
+def _traffic(cut: Partition) -> tuple[list[float], list[float]]:
+    """For each stage, bytes of its values that later stages read, and of the cotangents that come back."""
+    starts = [segment.start for segment in cut.cut.segments]
+    sent, returned = [0.0] * len(starts), [0.0] * len(starts)
+    for flow in cut.work.flows:
+        own = bisect_right(starts, flow.start) - 1
+        readers = {bisect_right(starts, reader) - 1 for reader in flow.readers} - {own}
+        sent[own] += flow.nbytes if readers else 0
+        returned[own] += flow.nbytes * len(readers) if flow.active and cut.work.passes == 2 else 0
+    return sent, returned
 
-    Every node on the device that is fastest for it, and that work spread over all devices without transfers; or
-    the largest node, which is not divided, if that takes longer.
-    """
-    times = [cut.work.seconds(device) for device in cluster.devices]
-    fastest = times[0].copy()
-    for own in times[1:]:
-        fastest = fastest.clip(max=own)
-    return max(float(fastest.sum()) / len(times), float(fastest.max(initial=0)))
 
-
-def critical_path(placed: Graph, bodies: Mapping[str, Graph], cluster: Cluster) -> tuple[float, tuple[str, ...]]:
-    """The longest chain of tasks and transfers of a placed graph: its seconds, and its tasks."""
-    seconds = {node.outputs[0].name: task_seconds(node, bodies, cluster) for node in placed.nodes if node.outputs}
+def critical_path(placed: Graph, seconds: Callable[[Node], float]) -> tuple[str, ...]:
+    """The tasks of the longest chain of tasks and transfers of a placed graph; ``seconds``: of each node."""
+    ends: dict[str, float] = {}
+    before: dict[str, Node | None] = {}
     makers = {value.name: node for node in placed.nodes for value in node.outputs}
-    chains = nx.DiGraph()
+    last: Node | None = None
     for node in placed.nodes:
         if node.outputs:
-            chains.add_edge(node.outputs[0].name, "", weight=seconds[node.outputs[0].name])
-            for value in node.inputs:
-                if value.name in makers:
-                    source = makers[value.name].outputs[0].name
-                    chains.add_edge(source, node.outputs[0].name, weight=seconds[source])
-    if not chains:
-        return 0.0, ()
-    path = nx.dag_longest_path(chains)[:-1]
-    calls = [makers[name] for name in path if makers[name].op == "call"]
-    return sum(seconds[name] for name in path), tuple(str(node.attrs["callee"]) for node in calls)
+            sources = [makers[value.name] for value in node.inputs if value.name in makers]
+            source = max(sources, key=lambda one: ends[one.outputs[0].name], default=None)
+            name = node.outputs[0].name
+            ends[name] = seconds(node) + (ends[source.outputs[0].name] if source else 0.0)
+            before[name] = source
+            if last is None or ends[name] > ends[last.outputs[0].name]:
+                last = node
+    path: list[Node] = []
+    while last is not None:
+        path.append(last)
+        last = before[last.outputs[0].name]
+    return tuple(str(node.attrs["callee"]) for node in reversed(path) if node.op == "call")
 
 
-def task_seconds(node: Node, bodies: Mapping[str, Graph], cluster: Cluster) -> float:
-    """Predicted time of a placed call, or of a transfer."""
-    if node.op == "transfer":
-        (value,) = node.inputs
-        return cluster.between(str(value.type.device), node.attrs["device"]).seconds(value.type.nbytes)
-    device = cluster.device(node.attrs["device"])
-    body = bodies[str(node.attrs["callee"])]
-    return device.overhead + float(Costs.of(body.nodes).seconds(device).sum())
+def node_times(bodies: Mapping[str, Graph], cluster: Cluster) -> Callable[[Node], float]:
+    """The predicted time of a placed call, or of a transfer."""
+    known: dict[tuple[str, str], float] = {}
+
+    def seconds(node: Node) -> float:
+        name = str(node.attrs["device"])
+        if node.op == "transfer":
+            (value,) = node.inputs
+            return cluster.between(str(value.type.device), name).seconds(value.type.nbytes)
+        key = str(node.attrs["callee"]), name
+        if key not in known:
+            known[key] = graph_seconds(bodies[key[0]], cluster.device(name))
+        return known[key]
+
+    return seconds
 
 
 def task_flops(node: Node, bodies: Mapping[str, Graph]) -> float:

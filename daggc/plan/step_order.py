@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from daggc.ir.graph import Graph
-from daggc.plan.schedule import BACKWARD, FORWARD, WEIGHT_GRAD, Schedule, Task, schedule_named
+from daggc.plan.cost import graph_seconds
+from daggc.plan.device import Cluster
+from daggc.plan.part import Part
+from daggc.plan.schedule import BACKWARD, FORWARD, PHASES, SPLIT_BACKWARD, WEIGHT_GRAD, Schedule, Task, schedule_named
 from daggc.plan.schedule.replicas import replicated
 from daggc.plan.schedule.tasks import Feeds, chain
 
@@ -29,7 +32,8 @@ def schedule_of(
     feeds = stage_feeds(main, len(replicas))
     if feeds != chain(len(replicas)):
         options = {**options, "feeds": feeds}
-    split = any(node.attrs["phase"] == WEIGHT_GRAD for node in main.nodes)
+    # a model in one stage has no weight gradients as tasks of their own: nothing else waits for its cotangents
+    split = name in SPLIT_BACKWARD or any(node.attrs["phase"] == WEIGHT_GRAD for node in main.nodes)
     return replicated(schedule_named(name), devices, microbatches, split, **options)
 
 
@@ -70,3 +74,24 @@ def held_back(schedule: Schedule) -> dict[Task, tuple[Task, ...]]:
             elif task.stage in latest:
                 edges[task] = (latest[task.stage],)
     return edges
+
+
+def stage_times(part: Part, devices: Sequence[str], cluster: Cluster) -> dict[str, Any]:
+    """Seconds of each phase of each stage for one microbatch, and of what goes from stage to stage.
+
+    Args:
+        devices: where each stage runs; the first replica of those that have several.
+    """
+    times = {phase: [0.0] * len(devices) for phase in PHASES}
+    made: dict[str, int] = {}
+    moved: dict[tuple[int, int], float] = {}
+    for node in part.main.nodes:
+        stage, phase = int(node.attrs["stage"]), str(node.attrs["phase"])
+        times[phase][stage] += graph_seconds(part.bodies[str(node.attrs["callee"])], cluster.device(devices[stage]))
+        for value in node.inputs:
+            source = made.get(value.name, stage)
+            if devices[source] != devices[stage]:
+                moved[source, stage] = moved.get((source, stage), 0.0) + value.type.nbytes
+        made.update((value.name, stage) for value in node.outputs)
+    links = {(a, b): cluster.between(devices[a], devices[b]).seconds(nbytes) for (a, b), nbytes in moved.items()}
+    return {"seconds": times, "transfer": links}

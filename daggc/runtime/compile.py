@@ -9,6 +9,7 @@ from torch import nn
 
 from daggc.errors import RunError
 from daggc.ir.graph import Program
+from daggc.runtime.calibrate import measured_pool
 from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor, LocalExecutor
 from daggc.runtime.module import CompiledModule
@@ -51,7 +52,7 @@ def compile(
                 "open one first, as in client = distributed.Client(LocalCluster(n_workers=2))"
             )
         return CompiledModule(model, LocalExecutor, None)
-    pool = pool_of(client, devices)
+    pool = measured_pool(pool_of(client, devices))
 
     def make_executor(program: Program, wrt: Sequence[str] | None) -> Executor:
         return DaskExecutor(program, wrt, pool, stages=stages, pins=pins, split_backward=split_backward)

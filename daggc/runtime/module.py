@@ -229,13 +229,15 @@ class CompiledModule(nn.Module):
         loss_fn: Callable[..., Any] | None,
         optimizer: torch.optim.Optimizer,
         *,
-        microbatches: int = 1,
+        microbatches: int | str = 1,
         schedule: str = "1f1b",
         max_grad_norm: float | None = None,
         stages: int | None = None,
         pins: Mapping[str, str] | None = None,
         split_backward: bool = False,
-        replicas: int = 1,
+        replicas: int | str = 1,
+        remat: str = "auto",
+        partition: str = "auto",
         force_microbatches: bool = False,
         seed: int | None = None,
         threads: int = 0,
@@ -255,12 +257,18 @@ class CompiledModule(nn.Module):
             microbatches: into how many parts to cut a batch (along axis 0 of every tensor as long as the
                 first); the last may be smaller. Only cut if an analysis proves that the parts add up to the
                 whole; otherwise the batch stays whole and ``step.explain()`` names the op that mixes samples.
-            schedule: order of the parts: ``1f1b`` or ``gpipe``.
+            schedule: order of the parts, one of :data:`daggc.plan.schedule.SCHEDULES`; those named ``zb-...``
+                make weight gradients tasks of their own. ``auto``, like ``microbatches="auto"`` and
+                ``replicas="auto"``, simulates what is possible and takes the fastest that fits memory.
             max_grad_norm: clip gradients by their global norm.
             stages, pins, split_backward: as for :func:`daggc.compile`.
             replicas: of every stage, each on a device of its own; they take the microbatches in turn, of which
                 there are at least as many (data parallelism). Batch statistics are each replica's own then, and
                 the buffers of the first are kept.
+            remat: what the backward computes again rather than keep: ``none``, ``cheap`` (no matrix products and
+                the like), ``full`` (all but what enters each block), or ``auto``: as little as fits memory.
+            partition: ``line`` cuts the model into segments of a line, ``list`` schedules independent parts side
+                by side, ``auto`` takes what is predicted to be faster.
             force_microbatches: cut even if samples are mixed (batch norm then normalises each part).
             seed: of random ops; by default drawn from torch's generator.
             threads: torch threads inside a task; 0 leaves what the workers have.
@@ -280,6 +288,8 @@ class CompiledModule(nn.Module):
             pins=pins,
             split_backward=split_backward,
             replicas=replicas,
+            remat=remat,
+            partition=partition,
             force_microbatches=force_microbatches,
             seed=seed,
             threads=threads,

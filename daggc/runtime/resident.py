@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
+from daggc.runtime.memory import held_at_most, start_counting
 from daggc.runtime.pool import Pool
 from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
 
@@ -65,6 +66,10 @@ class Home(Protocol):
 
     def records(self) -> dict[str, list[Record]]:
         """When tasks ran since the last call, by device."""
+        ...
+
+    def memory(self) -> dict[str, float]:
+        """By device: bytes its process held at most, beyond what it held before the first state was put there."""
         ...
 
     def close(self) -> None:
@@ -121,6 +126,9 @@ class LocalHome:
     def records(self) -> dict[str, list[Record]]:
         return {}
 
+    def memory(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         store.drop(self._name)
 
@@ -158,6 +166,7 @@ class WorkerHome:
         self._shipped: dict[int, str] = {}  # id of a program -> its key; programs are kept by their builder
         self._after: dict[str, Found] = {}
         self._pending: list[_Submitted] = []
+        self._before: dict[str, float] = {}  # device -> bytes that its process held before the first state came
         weakref.finalize(self, abandon, pool, self._name, self._shipped)
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
@@ -165,6 +174,8 @@ class WorkerHome:
         self._check()
         homes = {port.ref: str(port.value.type.device) for port in program["step"].inputs_of(*RESIDENT)}
         self._devices = homes
+        if not self._before:
+            self._before = self._everywhere(start_counting)
         futures: list[Future] = []
         for device in self.pool.addresses:
             own = {ref: tensors[ref].detach() for ref, home in homes.items() if home == device}
@@ -282,9 +293,16 @@ class WorkerHome:
         return tensors
 
     def records(self) -> dict[str, list[Record]]:
+        return self._everywhere(take_records)
+
+    def memory(self) -> dict[str, float]:
+        return {device: most - self._before.get(device, 0.0) for device, most in self._everywhere(held_at_most).items()}
+
+    def _everywhere(self, function: Callable[[], Any]) -> dict[str, Any]:
+        """What a function gives on each worker, by device."""
         names = {address: device for device, address in self.pool.addresses.items()}
-        found: dict[str, Any] = self.pool.client.run(take_records, workers=list(names))
-        return {names[address]: records for address, records in found.items()}
+        found: dict[str, Any] = self.pool.client.run(function, workers=list(names))
+        return {names[address]: result for address, result in found.items()}
 
     def close(self) -> None:
         self.discard()

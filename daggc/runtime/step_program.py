@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,24 +11,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from daggc.errors import CaptureError, PlanError
+from daggc.errors import CaptureError, IRError, PlanError
 from daggc.frontend.autocast import State, autocast_state
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
+from daggc.plan.automatic import AUTO, Choice, Tried, possible, take_best
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
 from daggc.plan.outline import outline
 from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
+from daggc.plan.recomputation import recomputing
 from daggc.plan.schedule.tasks import split_batch
+from daggc.plan.simulate import Runtime, Simulation, simulate
 from daggc.plan.step import step_graph
+from daggc.plan.step_order import stage_times
 from daggc.runtime.batch import Batch
 from daggc.runtime.dask_executor import checksum
 from daggc.runtime.resident import RESIDENT
 
+DASK = Runtime(barrier=True, versions=2)
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
 
@@ -36,13 +42,20 @@ _SIMPLIFY = "canonicalize,cse,dce"
 class Options:
     """What the user asked of a training step; see :func:`daggc.runtime.train.train_step`."""
 
-    microbatches: int = 1
+    microbatches: int | str = 1
     schedule: str = "1f1b"
     stages: int | None = None
     pins: Mapping[str, str] | None = None
     split_backward: bool = False
     force: bool = False
-    replicas: int = 1
+    replicas: int | str = 1
+    remat: str = AUTO
+    partition: str = AUTO
+
+    @property
+    def uncut(self) -> bool:
+        """Whether the batch stays whole."""
+        return self.microbatches == 1 and self.replicas == 1
 
 
 @dataclass(frozen=True)
@@ -52,18 +65,32 @@ class StepProgram:
     Attributes:
         step: the placed graph and its bodies.
         plan: how the model was cut, for the first microbatch's size.
+        cluster: what it was planned for.
         exactness: why microbatches add up to the batch, or why it was not cut; None if one was asked for.
         sizes: samples of each microbatch.
         constants: tensors of ``constant`` ports, by ref.
         assigned: the plain values that each step sets attributes of the model to, by module path and name.
+        tried: what else could have been chosen, and what it was predicted to take; what was chosen first.
     """
 
     step: Step
     plan: Plan
+    cluster: Cluster
     exactness: Microbatched | None
     sizes: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
     assigned: Mapping[tuple[str, str], Any]
+    tried: tuple[Tried, ...] = ()
+
+    @cached_property
+    def predicted(self) -> Simulation:
+        """A step as it is expected to run, on Dask's workers."""
+        return simulate(self.step.graph, self.step.program, self.cluster, strict=False, runtime=DASK)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a step moves between devices."""
+        return sum(node.output.type.nbytes for node in self.step.graph.nodes if node.op == "transfer")
 
     @cached_property
     def layout(self) -> tuple[tuple[str, str, int], ...]:
@@ -80,7 +107,8 @@ class StepProgram:
     def explain(self) -> str:
         """The plan and its reasons, the order of the tasks, and how the batch is cut."""
         cut = "the batch is not cut" if self.exactness is None else str(self.exactness)
-        return "\n\n".join([self.plan.explain(), str(self.step), cut])
+        tried = "\n".join(["Considered", *(f"  {one}" for one in self.tried)])
+        return "\n\n".join([self.plan.explain(), str(self.step), cut, tried, f"Predicted\n{self.predicted}"])
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,8 @@ class StepBuilder:
         self.options = options
         self._captures: dict[Any, Capture] = {}
         self._plans: dict[Any, Plan] = {}
+        self._analyses: dict[Any, _Analysis] = {}
+        self._last: tuple[Batch, Sequence[Group], bool] | None = None
 
     def build(self, batch: Batch, groups: Sequence[Group], clip: bool) -> StepProgram:
         """The step for a batch of this signature and size; with ``clip``, gradients are clipped.
@@ -110,86 +140,131 @@ class StepBuilder:
             CaptureError: the model or loss cannot be captured.
             PlanError: nothing fits the devices.
         """
-        wanted = max(self.options.microbatches, self.options.replicas)
-        sizes = list(split_batch(batch.size, min(wanted, batch.size)))
-        analysis = self._analyse(batch, sizes) if len(sizes) > 1 else None
-        if analysis is None or not (analysis.result.exact or self.options.force):
-            sizes = [batch.size]
+        self._last = batch, groups, clip
+        wanted = self.options
+        analysis = None if wanted.uncut or batch.size == 1 else self._analyse(batch)
+        can_cut = analysis is not None and (analysis.result.exact or wanted.force)
+        choices = possible(
+            len(self.cluster.devices),
+            batch.size if can_cut else 1,
+            microbatches=_at_least(wanted.microbatches, wanted.replicas) if can_cut or batch.size == 1 else 1,
+            schedule=wanted.schedule,
+            replicas=wanted.replicas if can_cut or wanted.replicas != AUTO else 1,
+            stages=wanted.stages,
+            split_backward=wanted.split_backward,
+            remat=wanted.remat,
+        )
+        made: dict[Choice, StepProgram] = {}
+
+        def simulated(choice: Choice) -> Simulation:
+            made[choice] = self._make(batch, groups, clip, choice, analysis if can_cut else None)
+            return made[choice].predicted
+
+        choice, tried = take_best(choices, simulated, self.cluster)
+        return replace(made[choice], exactness=analysis.result if analysis else None, tried=tried)
+
+    def use(self, cluster: Cluster) -> None:
+        """Plan for these devices from now on."""
+        self.cluster = cluster
+        self._plans = {}
+
+    def again(self, cluster: Cluster) -> StepProgram:
+        """What :meth:`build` made last, for other devices."""
+        if self._last is None:
+            raise PlanError("no step has been built yet")
+        other = copy.copy(self)
+        other.use(cluster)
+        return other.build(*self._last)
+
+    def _make(
+        self, batch: Batch, groups: Sequence[Group], clip: bool, choice: Choice, analysis: _Analysis | None
+    ) -> StepProgram:
+        """The step as it is chosen; with an analysis the batch may be cut."""
+        sizes = split_batch(batch.size, min(choice.microbatches, batch.size))
+        if analysis is None:
             rewritten = {batch.size: whole_batch(self._forward(batch, batch.size), batch)}
         else:
             rewritten = {size: self._rewritten(batch, size, analysis) for size in dict.fromkeys(sizes)}
-        first = rewritten[sizes[0]]
-        captured = self._capture(batch, sizes[0] if len(sizes) == 1 else max(2, sizes[0]))
-        plan = self._plan(batch, len(sizes), captured.program, first.forward)
-        parts = {size: self._part(batch, micro, plan) for size, micro in rewritten.items()}
-        devices = [self._replicas_of(stage.device) for stage in plan.stages]
+        captured = self._capture(batch, batch.size if analysis is None else analysis.result.batch)
+        plan = self._plan(batch, choice, captured.program, rewritten[sizes[0]].forward)
+        parts = {size: self._part(batch, micro, plan, choice) for size, micro in rewritten.items()}
+        devices = [self._replicas_of(stage.device, choice.replicas) for stage in plan.stages]
         step = step_graph(
             parts,
             sizes,
             groups,
             devices,
-            schedule=self.options.schedule,
+            schedule=choice.schedule,
             clip=clip,
             chain_buffers=analysis is not None and not analysis.result.exact,
             donate=True,
+            times=stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster),
         )
         held = {f"constant:{name}": tensor for name, tensor in captured.constants.items()}
-        return StepProgram(step, plan, analysis.result if analysis else None, tuple(sizes), held, captured.assigned)
+        return StepProgram(step, plan, self.cluster, None, sizes, held, captured.assigned)
 
-    def _analyse(self, batch: Batch, sizes: Sequence[int]) -> _Analysis:
+    def _analyse(self, batch: Batch) -> _Analysis:
         """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
-        size = max(2, sizes[0])
-        forward, other = self._forward(batch, size), self._forward(batch, size + 1)
-        result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
-        constants, others = self._capture(batch, size).constants, self._capture(batch, size + 1).constants
-        if any(name in others and not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
-            result = replace(result, mixing=Mixing("", "a constant of the model changes with the batch size"))
-        return _Analysis(forward, other, result)
+        wanted = self.options.microbatches
+        counts = _at_least(wanted, self.options.replicas)
+        size = max(2, split_batch(batch.size, min(counts, batch.size))[0] if isinstance(counts, int) else batch.size)
+        key = batch.signature(), size, modes_of(self.model)
+        if key not in self._analyses:
+            forward, other = self._forward(batch, size), self._forward(batch, size + 1)
+            result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
+            constants, others = self._capture(batch, size).constants, self._capture(batch, size + 1).constants
+            if any(name in others and not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
+                result = replace(result, mixing=Mixing("", "a constant of the model changes with the batch size"))
+            self._analyses[key] = _Analysis(forward, other, result)
+        return self._analyses[key]
 
     def _rewritten(self, batch: Batch, size: int, analysis: _Analysis) -> Microbatched:
         """The forward at one microbatch's size, rewritten so that losses add up."""
         if size == analysis.result.batch:
             return analysis.result
-        if size == 1:  # captured as another graph, for an axis of size 1 is not broadcast: made from the others
-            forward = at_batch(analysis.forward, analysis.other, batch.batched_names, 1)
-        else:
+        try:  # captured at one size, made for the others
+            forward = at_batch(analysis.forward, analysis.other, batch.batched_names, size)
+        except IRError:
+            if size == 1:  # captured as another graph, for an axis of size 1 is not broadcast
+                raise
             forward = self._forward(batch, size)
         return rewrite_like(forward, analysis.forward, analysis.result)
 
-    def _part(self, batch: Batch, micro: Microbatched, plan: Plan) -> Part:
-        wrt = self._wrt(batch, micro.forward)
-        joint = simplify(differentiate(micro.forward, wrt))
-        main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=self.options.split_backward)
+    def _part(self, batch: Batch, micro: Microbatched, plan: Plan, choice: Choice) -> Part:
+        joint = simplify(differentiate(micro.forward, self._wrt(batch, micro.forward)))
+        joint = recomputing(joint, micro.forward, choice.remat, plan.stage_of)
+        main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=choice.split_backward)
         return Part(main, bodies, micro.denominators, batch.batched_names, "0")
 
-    def _replicas_of(self, device: str) -> tuple[str, ...]:
+    def _replicas_of(self, device: str, replicas: int) -> tuple[str, ...]:
         """The devices of a stage's replicas, when the plan has the stage on this one."""
         first = self.cluster.names.index(device)
-        return self.cluster.names[first : first + self.options.replicas]
+        return self.cluster.names[first : first + replicas]
 
-    def _first_replicas(self) -> Cluster:
+    def _first_replicas(self, count: int) -> Cluster:
         """The devices that a plan for one replica of each stage is made for."""
-        count = self.options.replicas
         if count < 1 or len(self.cluster.devices) < count:
             have = ", ".join(self.cluster.names)
             raise PlanError(f"{count} replicas need as many devices; there are {have}")
         whole = len(self.cluster.devices) // count * count
         return self.cluster.part(self.cluster.names[:whole:count])
 
-    def _plan(self, batch: Batch, microbatches: int, program: Program, forward: Graph) -> Plan:
+    def _plan(self, batch: Batch, choice: Choice, program: Program, forward: Graph) -> Plan:
         """Plans are kept: a batch of another size must leave every parameter where it is."""
         nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
-        key = nodes, tuple(self._wrt(batch, forward))
+        key = nodes, tuple(self._wrt(batch, forward)), choice
         if key not in self._plans:
             program = Program({"forward": forward}, provenance=program.provenance)
             self._plans[key] = plan_model(
                 program,
-                self._first_replicas(),
+                self._first_replicas(choice.replicas),
                 wrt=self._wrt(batch, forward),
-                stages=self.options.stages,
+                stages=choice.stages,
                 pins=self.options.pins,
-                split_backward=self.options.split_backward,
-                microbatches=microbatches,
+                split_backward=choice.split_backward,
+                microbatches=-(-choice.microbatches // choice.replicas),
+                partition=self.options.partition,
+                remat=choice.remat,
             )
         return self._plans[key]
 
@@ -199,7 +274,7 @@ class StepBuilder:
 
     def _forward(self, batch: Batch, size: int) -> Graph:
         # What is inside a checkpoint the analysis cannot cut; microbatches save memory in its stead.
-        first = "uncheckpoint," if self.options.microbatches > 1 else ""
+        first = "" if self.options.uncut else "uncheckpoint,"
         return run(self._capture(batch, size).program, pipeline(first + _SIMPLIFY)).forward
 
     def _capture(self, batch: Batch, size: int) -> Capture:
@@ -242,3 +317,10 @@ def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:
         repeats = -(-size // leaf.shape[0]) if batched else 1
         leaves.append((torch.cat([leaf] * repeats) if repeats > 1 else leaf)[:size] if batched else leaf)
     return leaves
+
+
+def _at_least(microbatches: int | str, replicas: int | str) -> int | str:
+    """Microbatches that give every replica one."""
+    if isinstance(microbatches, str) or isinstance(replicas, str):
+        return microbatches
+    return max(microbatches, replicas)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from daggc.errors import RunError
+from daggc.plan.automatic import AUTO
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster, cluster_of, cpu_device
 from daggc.plan.plan import Plan
+from daggc.report.compared import Comparison, compare
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from daggc.runtime.devices import device_of
@@ -26,6 +28,7 @@ from daggc.runtime.optimizers import (
     write_state,
 )
 from daggc.runtime.pool import Pool
+from daggc.runtime.replan import Replanned, replanned
 from daggc.runtime.resident import RESIDENT, Home, LocalHome, Pending, WorkerHome
 from daggc.runtime.step_program import Options, StepBuilder, StepProgram, modes_of
 from daggc.runtime.worker import Record
@@ -265,6 +268,44 @@ class TrainStep:
         """When tasks ran since the last call, by device; for timelines."""
         return dict(self._home.records())
 
+    def compare(self) -> Comparison:
+        """What was predicted of a step beside what its tasks took since the last call of this or :meth:`records`.
+
+        Waits for the steps under way. The first steps compile code and map memory: compare after a few more.
+
+        Raises:
+            RunError: no step has run.
+        """
+        if self._current is None:
+            raise RunError("nothing has run yet: predictions are compared after a few steps")
+        self._home.settle()
+        return compare(self._current.predicted, self._home.records(), self._current.moved, self._home.memory())
+
+    def replan(self, steps: int = 1000) -> Replanned:
+        """Correct the cost model by the steps since the last records, and plan anew where that pays.
+
+        Waits for the steps under way. What corrects it is what tasks took; a plan is replaced if over ``steps``
+        steps it is predicted to save more than moving parameters and optimizer state takes. The state moves when the
+        next step begins; the numbers stay the same but for the order of additions.
+
+        Args:
+            steps: still to come.
+
+        Raises:
+            RunError: no step has run on workers.
+        """
+        if self._current is None:
+            raise RunError("nothing has run yet: plan anew after a few steps")
+        self._home.settle()
+        records = self._home.records()
+        if not any(records.values()):
+            raise RunError("no task was recorded since records were last taken (by compare, records or replan); run some steps first")
+        result = replanned(self._builder, self._current, records, steps)
+        self._builder.use(result.cluster)
+        if result.program is not None:
+            self._programs = {key: result.program for key, own in self._programs.items() if own is self._current}
+        return result
+
     def close(self) -> None:
         """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it."""
         steps = self.steps
@@ -282,21 +323,26 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     pool: Pool | None,
     *,
-    microbatches: int = 1,
+    microbatches: int | str = 1,
     schedule: str = "1f1b",
     max_grad_norm: float | None = None,
     stages: int | None = None,
     pins: Mapping[str, str] | None = None,
     split_backward: bool = False,
-    replicas: int = 1,
+    replicas: int | str = 1,
+    remat: str = "auto",
+    partition: str = "auto",
     force_microbatches: bool = False,
     seed: int | None = None,
     threads: int = 0,
 ) -> TrainStep:
     """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
-    if microbatches < 1:
-        raise RunError(f"microbatches is at least 1, got {microbatches}")
+    for name, count in (("microbatches", microbatches), ("replicas", replicas)):
+        if count != AUTO and (isinstance(count, str) or count < 1):
+            raise RunError(f"{name} is at least 1, or {AUTO!r}, got {count!r}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
-    options = Options(microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas)
+    options = Options(
+        microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition
+    )  # fmt: skip
     return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads)

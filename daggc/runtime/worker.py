@@ -122,7 +122,7 @@ class Context:
 def run_task(call: Call, context: Context | None, *dependencies: Any) -> tuple[torch.Tensor, ...]:
     """The entry point of tasks: run a callee; returns its outputs."""
     if context is not None:
-        _set_threads(context.threads)
+        set_threads(context.threads)
     return _run(call, context, dependencies)
 
 
@@ -134,7 +134,7 @@ def read_state(refs: Sequence[str], context: Context, *_: Any) -> tuple[torch.Te
 
 def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[int]:
     """The entry point of updates: make the store's next version, once; returns its number."""
-    _set_threads(context.threads)
+    set_threads(context.threads)
     state = store.get(context.store)
 
     def compute() -> dict[str, torch.Tensor]:
@@ -172,7 +172,7 @@ def _argument(
     return aligned((value if index is None else value[index]).to(device))
 
 
-def _set_threads(count: int) -> None:
+def set_threads(count: int) -> None:
     """Results depend on the number of torch's threads: it is part of the plan."""
     if count and getattr(_threads, "count", None) != count:
         torch.set_num_threads(count)

@@ -27,6 +27,24 @@ _FRESH_ONLY = (
     "hermitian",
     "triangular",
 )  # too particular to be made of other values, or to be read as others
+# What torch makes of these numbers is chance: it differs between its own kernels, sizes and dtypes.
+# mode sorts by <, which is no order where there is a nan; searchsorted takes its boundaries for sorted; of high degree
+# and nan, orthogonal polynomials are what the memory held; attention without one score that is a number gives zeros
+# below 16 keys, and nan above, and in its other kernels.
+_ATTENTION = ("attention", "attention_backward", "attention_mask_grad")
+_POLYNOMIALS = tuple(name for name in REGISTRY if "_polynomial_" in name)
+_NO_NAN = ("mode", "searchsorted", "fractional_max_pool", "lstsq", "grid_sample_backward", *_ATTENTION, *_POLYNOMIALS)
+# The mean that layer_norm keeps of an infinity is nan, but infinite where that is the last of a vector; norms multiply
+# rstd and weight, or x and rstd, first; kernels of convolutions, of interpolation, of reflectors and of transforms
+# multiply infinities by zeros that others leave out; gelu of infinity is nan in f32, for more than one number;
+# ctc_loss of scores that are all -inf is inf for one sequence and nan for the next.
+_NORMS = ("layer_norm", "group_norm", "batch_norm", "batch_norm_eval")
+_NO_INFINITY = (
+    *(name for norm in _NORMS for name in (norm, f"{norm}_backward")),
+    *("conv", "conv_input_grad", "conv_weight_grad", "interpolate", "interpolate_backward"),
+    *("householder_product", "ormqr", "fft_c2c", "fft_r2c", "fft_c2r", "gelu", "recurrent_layer_backward", "ctc_loss"),
+    *("fractional_max_pool", "lstsq", "grid_sample_backward", *_ATTENTION),
+)
 _MAX_OUTPUTS = 3
 _OF_REALS = ("positive", "unit", "large", "nonzero", "distinct")  # domains that a remainder does not lead to
 _RECENT = 5
@@ -66,7 +84,7 @@ class Grower:
         """
         inputs: list[Value] = []
         if value is not None:
-            if self._fits(value, sample.sample.inputs[at], smooth[at]):
+            if self._fits(value, sample.sample.inputs[at], smooth[at], sample.op.name):
                 sample = fitted(self.choices, sample, at, value.type) or sample
             else:
                 at = -1
@@ -157,11 +175,11 @@ class Grower:
 
     # --- arguments ------------------------------------------------------------------------------------
 
-    def _find(self, arg: Arg, smooth: bool, op: str = "", at: int = 0) -> Value:
+    def _find(self, arg: Arg, smooth: bool, op: str, at: int) -> Value:
         """A value for argument ``at`` of an op: one that is there, made to fit, or a new input."""
         if arg.domain in _FRESH_ONLY or (arg.type.is_integer and arg.domain in _OF_REALS):
             return self._fresh(arg, smooth)
-        candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth)]
+        candidates = [value for value in reversed(self._pool) if self._fits(value, arg, smooth, op)]
         # shrinks to a new input, which needs no adapting; the latest values are the likeliest, for depth
         choice = self.choices.below(2 * _RECENT + 1)
         if choice == 0 or not candidates:
@@ -212,11 +230,17 @@ class Grower:
             return bool(np.diff(np.sort(numbers, axis=None)).min(initial=1.0) >= _APART)
         return True
 
-    def _fits(self, value: Value, arg: Arg, smooth: bool) -> bool:
-        """Whether a value can be made to fit an argument."""
+    def _fits(self, value: Value, arg: Arg, smooth: bool, op: str) -> bool:
+        """Whether a value can be made to fit an argument of an op."""
         if self._domains.get(value.name) in _FRESH_ONLY:
             return False
         have, want = value.type, arg.type
+        if have.is_float and _is_chance(op, self._arrays[value.name].astype(np.float64)):
+            return False
+        if want.is_complex and not np.isfinite(self._arrays[value.name].astype(np.complex128)).all():
+            return (
+                False  # C, torch's vectors, its sums (of x and 1 y) and NumPy multiply complex infinities differently
+            )
         if have.numel == 0 and want.numel != 0:
             return False
         if have.is_complex and not want.is_complex:
@@ -301,3 +325,8 @@ class Grower:
         if flat.type.numel > want:
             flat = self._emit("slice", flat, dim=0, start=0, end=want, step=1)
         return flat if flat.type.shape == shape else self._emit("reshape", flat, shape=shape)
+
+
+def _is_chance(op: str, numbers: np.ndarray) -> bool:
+    """Whether torch has no one answer for what the op makes of these numbers."""
+    return bool((op in _NO_NAN and np.isnan(numbers).any()) or (op in _NO_INFINITY and np.isinf(numbers).any()))

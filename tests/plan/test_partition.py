@@ -76,7 +76,7 @@ def test_cut_is_convex_and_near_the_best(data: st.DataObject, devices: int, seed
         return
     rates = np.random.default_rng(seed).choice([1e9, 1e9, 3e9], devices)
     cluster = Cluster(tuple(_device(i, rate) for i, rate in enumerate(rates)), Link(0.0, 1e9))
-    result = _partition(forward, cluster)
+    result = _partition(forward, cluster, how="line")
     _check(forward, result)
     work, cut = result.work, result.cut
     used = sorted({segment.device for segment in cut.segments})
@@ -197,14 +197,33 @@ def test_pins_that_cannot_be_kept() -> None:
         _partition(_layers(4, tied=True), cluster, pins={"layers.0": "cpu:0", "layers.3": "cpu:1"})
 
 
+def test_bans_are_kept() -> None:
+    cluster = cluster_of([_device(i) for i in range(3)], Link(0.0, 1e12))
+    for how in ("line", "list", "auto"):
+        result = _partition(_layers(9), cluster, pins={"layers.[0-3]": "!cpu:0", "layers.8": "!cpu:2, !cpu:1"}, how=how)
+        places = {layer: device for device, layers in _layers_of(result) for layer in layers}
+        assert not any(places[layer] == 0 for layer in range(4)), how
+        assert places[8] == 0, how
+    with pytest.raises(PlanError, match=r"the pins leave 'layers\.0' no device; there are cpu:0, cpu:1, cpu:2"):
+        _partition(_layers(2), cluster, pins={"layers.0": "cpu:0", "*": "!cpu:0"})
+    with pytest.raises(PlanError, match="no device 'cpu:9'"):
+        _partition(_layers(2), cluster, pins={"layers.0": "!cpu:9"})
+    banned = {"layers.0": "!cpu:0, !cpu:1", "layers.3": "!cpu:2"}
+    with pytest.raises(
+        PlanError, match=r"layers.0.w is used in .*layers.0.*cpu:2.*layers.3.*cpu:0 or cpu:1.*one place"
+    ):
+        _partition(_layers(4, tied=True), cluster, pins=banned)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_pins_are_kept_or_refused(data: st.DataObject) -> None:
     forward = data.draw(random_graphs())
     paths = sorted({node.path for node in forward.nodes})
     pins = {path: f"cpu:{data.draw(st.integers(0, 1))}" for path in paths if data.draw(st.booleans())}
+    how = data.draw(st.sampled_from(("line", "list", "auto")))
     try:
-        result = _partition(forward, cluster_of([_device(0), _device(1)]), pins=pins)
+        result = _partition(forward, cluster_of([_device(0), _device(1)]), pins=pins, how=how)
     except PlanError:
         return
     _check(forward, result)

@@ -35,6 +35,11 @@ ROUNDINGS = 64  # that two ways to compute one op may differ by
 AMPLIFIED = 64  # times what single roundings at every node change: the order of a sum, another exp
 LOST = 1e-3  # of a result: when roundings change more than this, the comparison says little, and is counted
 MOVES = ("where", "where_scalar", "split", "reshape", "permute", "slice", "neg", "abs", "relu")  # round nothing
+# Nor do these; were what they picked rounded, it would be equal to none of what they picked it from.
+PICKS = ("max", "min", "amax", "amin", "median", "nanmedian", "median_along", "nanmedian_along", "kthvalue", "mode")
+# The difference of a number and a mean, which is small where all numbers are alike, times rstd, which is then large.
+NORMS = ("layer_norm", "group_norm", "batch_norm")
+NORMS_BACKWARD = ("layer_norm_backward", "group_norm_backward", "batch_norm_backward")
 ROUGH = {
     "digamma": 1e6,
     "polygamma": 3e6,
@@ -265,17 +270,42 @@ def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> 
         with np.errstate(all="ignore"):
             return np.asarray(array * noise).astype(array.dtype)
 
+    def shifted(array: np.ndarray, size: float) -> np.ndarray:
+        noise = size * min(EPS[dtype_of(array)], EPS["f32"]) * rng.choice((-1.0, 1.0), array.shape)
+        with np.errstate(all="ignore"):
+            return np.asarray(array + noise).astype(array.dtype)
+
     values = {port.value.name: shaken(array) for port, array in zip(graph.inputs, arrays, strict=True)}
     for node in graph.nodes:
         results = evaluate_node(node, [values[value.name] for value in node.inputs])
         narrow = max(
             (EPS[v.type.dtype] for v in node.inputs if v.type.dtype in ("f16", "bf16", "f32", "c64")), default=0.0
         )
+        cancelled = terms_of_norm(node.op, [values[value.name] for value in node.inputs], results)
         for value, result in zip(node.outputs, results, strict=True):
             # f32 statistics of bf16 numbers, or the f64 norm of f32 ones, may have been rounded on the way
             times = max(ROUGH.get(node.op, 1.0), narrow / EPS.get(value.type.dtype, 1.0))
-            values[value.name] = result if node.op in (*MOVES, "cast") else shaken(result, times)
+            exact = node.op in (*MOVES, *PICKS, "cast")
+            values[value.name] = result if exact else shaken(result, times)
+            if cancelled and (node.op in NORMS_BACKWARD or value is node.outputs[0]):
+                values[value.name] = shifted(values[value.name], cancelled)
     return [values[port.value.name] for port in graph.outputs]
+
+
+def terms_of_norm(op: str, operands: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> float:
+    """How large the terms of a norm are that cancel where all numbers are alike; 0 of other ops.
+
+    Their rounding is what is left then, of results that are zero, which no relative error moves.
+    """
+    if op in NORMS:  # x, rstd, weight
+        factors = (operands[0], results[2], *operands[1:2])
+    elif op in NORMS_BACKWARD:  # ct, x, rstd, weight
+        factors = (*operands[:2], *operands[3:])
+    else:
+        return 0.0
+    with np.errstate(all="ignore"):
+        size = math.prod(max(1.0, float(np.abs(x.astype(np.float64)).max(initial=0.0))) for x in factors)
+    return size if math.isfinite(size) else 0.0
 
 
 def autograd(graph: Graph, inputs: Arrays, cotangents: Arrays, wrt: Sequence[str]) -> dict[str, np.ndarray] | str:

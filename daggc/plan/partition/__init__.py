@@ -1,4 +1,4 @@
-"""Cutting the forward graph into stages: memory-aware dynamic programming over a topological order."""
+"""Cutting the forward graph into stages: dynamic programming over a line of the nodes, and list scheduling."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from dataclasses import dataclass
 
 from daggc.ir.graph import Graph
 from daggc.plan.device import Cluster
-from daggc.plan.partition.cut import Alternative, Cut, Segment, cut_work, device_loads, memory_of
+from daggc.plan.partition.choose import choose
+from daggc.plan.partition.cut import Alternative, Cut, Segment, check_pins, device_loads, memory_of
 from daggc.plan.partition.order import planning_order
 from daggc.plan.partition.pins import resolve_pins
+from daggc.plan.partition.sketch import Predicted
 from daggc.plan.partition.work import TRAINED, Work, work_of
 
-__all__ = ["Alternative", "Cut", "Partition", "Segment", "Work", "device_loads", "memory_of", "partition"]
+__all__ = [
+    "Alternative",
+    "Cut",
+    "Partition",
+    "Predicted",
+    "Segment",
+    "Work",
+    "device_loads",
+    "memory_of",
+    "partition",
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,7 @@ class Partition:
     work: Work
     cut: Cut
     stage_of: Mapping[str, int]
+    predicted: Predicted
 
 
 def partition(
@@ -33,25 +46,31 @@ def partition(
     pins: Mapping[str, str] | None = None,
     microbatches: int = 1,
     trained: float = TRAINED,
+    how: str = "auto",
 ) -> Partition:
-    """Cut ``primal`` into stages so that the slowest device is as fast as can be, within every device's memory.
+    """Cut ``primal`` into stages so that a step is predicted to be fast, within every device's memory.
 
     Args:
         joint: what ``differentiate`` made of ``primal``, or ``primal`` itself for inference.
-        stages, pins: what the user overrides; see :func:`cut_work` and :func:`resolve_pins`.
+        stages, pins: what the user overrides; see :func:`~daggc.plan.partition.cut.cut_work` and
+            :func:`~daggc.plan.partition.pins.resolve_pins`.
         trained: bytes that live with a trained parameter for each byte of its own.
+        how: ``line`` (segments of a line of the nodes, each device as busy as the others), ``list`` (list
+            scheduling: what is independent runs at the same time), or ``auto``, the one that is predicted faster.
 
     Raises:
         PlanError: nothing fits, or an override cannot be kept.
     """
     wishes = resolve_pins(primal.nodes, pins or {}, cluster)
-    order = planning_order(primal, wishes)
-    pin_of = {node.outputs[0].name: pin for node, pin in zip(primal.nodes, wishes, strict=True)}
+    order = planning_order(primal, wishes.pins)
+    place = {node.outputs[0].name: index for index, node in enumerate(primal.nodes)}
+    wishes = wishes.ordered([place[node.outputs[0].name] for node in order])
     work = work_of(joint, primal, order, trained)
-    cut = cut_work(work, cluster, [pin_of[node.outputs[0].name] for node in order], stages, microbatches)
+    check_pins(work, wishes, cluster)
+    chosen = choose(primal, work, cluster, wishes, stages, microbatches, how)
     stage_of = {
-        order[position].outputs[0].name: number
-        for number, segment in enumerate(cut.segments)
+        chosen.work.nodes[position].outputs[0].name: number
+        for number, segment in enumerate(chosen.cut.segments)
         for position in range(segment.start, segment.stop)
     }
-    return Partition(work, cut, stage_of)
+    return Partition(chosen.work, chosen.cut, stage_of, chosen.predicted)

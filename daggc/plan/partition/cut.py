@@ -23,6 +23,7 @@ import numpy as np
 from daggc.errors import PlanError
 from daggc.plan.device import Cluster
 from daggc.plan.partition.chain import least_maximum, least_sum
+from daggc.plan.partition.pins import Wishes
 from daggc.plan.partition.segments import Points, Segments, candidate_points, positions_of, widest_gap
 from daggc.plan.partition.work import Span, Work
 
@@ -43,11 +44,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A cut that was considered. ``seconds``: load of its slowest device, None if there is none such."""
+    """A cut that was considered.
+
+    Attributes:
+        seconds: load of its slowest device, None if there is none such.
+        predicted: seconds of a step, by which cuts are compared.
+    """
 
     description: str
     seconds: float | None
     reason: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Cut:
         fair: the part of a fair share that every device does at least.
         alternatives: what was considered, the chosen one first.
         notes: what a user should know.
+        others: further lines that are possible.
     """
 
     segments: tuple[Segment, ...]
@@ -68,15 +76,14 @@ class Cut:
     description: str
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
+    others: tuple[Cut, ...] = ()
 
 
-def cut_work(
-    work: Work, cluster: Cluster, pins: Sequence[int | None], stages: int | None = None, microbatches: int = 1
-) -> Cut:
+def cut_work(work: Work, cluster: Cluster, wishes: Wishes, stages: int | None = None, microbatches: int = 1) -> Cut:
     """Cut a work into segments on the devices of a cluster.
 
     Args:
-        pins: for each position, the index of the device it must be on, or None.
+        wishes: where each node may be, in planning order.
         stages: how many segments to make; by default as many as there are devices, if that helps.
         microbatches: that a step is made of; stages hold residuals of as many as 1F1B has in flight.
 
@@ -86,8 +93,8 @@ def cut_work(
     """
     if stages is not None and stages < 1:
         raise PlanError(f"a plan has at least one stage, stages={stages} was asked for")
-    search = _Search(work, cluster, np.array([-1 if pin is None else pin for pin in pins], int), microbatches)
-    _check_pins(search)
+    pins = np.array([-1 if pin is None else pin for pin in wishes.pins], int)
+    search = _Search(work, cluster, pins, wishes.allowed, microbatches)
     most = stages or len(cluster.devices)
     notes: list[str] = []
     found: Cut | None = None
@@ -112,7 +119,8 @@ def cut_work(
         search.best(1)
     others = _compared(search.considered, found)
     chosen = Alternative(found.description, found.seconds, "chosen")
-    return replace(found, alternatives=(chosen, *others), notes=tuple(notes))
+    cuts = tuple(cut for cut in search.cuts.values() if cut.description != found.description)
+    return replace(found, alternatives=(chosen, *others), notes=tuple(notes), others=cuts)
 
 
 def _compared(considered: Sequence[Alternative], found: Cut) -> list[Alternative]:
@@ -136,8 +144,10 @@ class _Search:
     work: Work
     cluster: Cluster
     pins: np.ndarray
+    allowed: np.ndarray
     microbatches: int
     considered: list[Alternative] = field(default_factory=list)
+    cuts: dict[str, Cut] = field(default_factory=dict)
 
     def best(self, count: int) -> Cut | None:
         """The best cut on ``count`` devices that gives each as fair a share as can be had."""
@@ -146,6 +156,7 @@ class _Search:
             if found:
                 best = min(found, key=lambda cut: cut.seconds)
                 self.considered += [Alternative(cut.description, cut.seconds) for cut in found]
+                self.cuts.update((cut.description, cut) for cut in found)
                 return best
         return None
 
@@ -180,13 +191,16 @@ class _Search:
         own = sorted(fastest)
         n = len(self.pins)
         by_pins = sorted(own, key=lambda i: (pinned.get(i, (own.index(i) + 0.5) * n / count), i))
-        return [own] if by_pins == own else [own, by_pins]
+        orders = [own] if by_pins == own else [own, by_pins]
+        if not self.allowed[self.pins < 0].all():  # what may not come first may come later
+            orders += [own[turn:] + own[:turn] for turn in range(1, count)]
+        return orders
 
     def segments(self, spans: Sequence[Span]) -> Segments:
         device = self.cluster.devices[0]
         changes = np.flatnonzero(np.diff(self.pins)) + 1
         points = candidate_points(self.work, self.work.seconds(device), spans, changes.tolist())
-        return Segments(self.work, self.cluster, points, self.pins, self.microbatches)
+        return Segments(self.work, self.cluster, points, self.allowed, self.microbatches)
 
     def fair_shares(self, order: Sequence[int]) -> np.ndarray:
         """The share of the work that each segment would have if devices were busy equally long."""
@@ -232,7 +246,7 @@ class _Search:
         """What can stand against a line."""
         widest = max(self.work.spans, key=lambda span: span.uses[-1] - span.uses[0], default=None)
         limits = [f"has {widest.ref} in one place"] if widest else []
-        limits += ["keeps the pins"] if (self.pins >= 0).any() else []
+        limits += ["keeps the pins"] if not self.allowed.all() else []
         limits += ["fits memory", *([f"gives each device {fair:.0%} of a fair share"] if fair else [])]
         return f"no cut {', '.join(limits)}"
 
@@ -338,15 +352,21 @@ def _together(parts: Sequence[Segment], spans: Sequence[Span]) -> bool:
     )
 
 
-def _check_pins(search: _Search) -> None:
-    for span in search.work.spans:
-        places = {int(search.pins[use]): use for use in span.uses if search.pins[use] >= 0}
-        if len(places) > 1:
-            where = " and ".join(
-                f"{search.work.nodes[use].path!r} (pinned to {search.cluster.names[device]})"
-                for device, use in sorted(places.items())
-            )
-            raise PlanError(f"{span.ref} is used in {where}: it lives in one place, so they must be on one device")
+def check_pins(work: Work, wishes: Wishes, cluster: Cluster) -> None:
+    """Raises PlanError if what lives in one place is used by modules that may not be on one device."""
+    for span in work.spans:
+        uses = list(span.uses)
+        if wishes.allowed[uses].all(axis=0).any():
+            continue
+        where: dict[str, str] = {}
+        for use in uses:
+            if not wishes.allowed[use].all():
+                names = " or ".join(np.array(cluster.names)[wishes.allowed[use]].tolist())
+                where.setdefault(names, f"{work.nodes[use].path!r} (pinned to {names})")
+        raise PlanError(
+            f"{span.ref} is used in {' and '.join(where.values())}: it lives in one place, so they must be on one "
+            "device"
+        )
 
 
 def _why_none(search: _Search, stages: int | None) -> str:
@@ -365,7 +385,7 @@ def _why_none(search: _Search, stages: int | None) -> str:
             f"the model does not fit: its {what} take {need:,.0f} bytes of {have:,.0f}, but in the best cut that "
             f"keeps shared parameters and pins together one device is {excess:,.0f} bytes short"
         )
-    if (search.pins >= 0).any():
+    if not search.allowed.all():
         return (
             "the pins cannot be kept: no cut into segments has every pinned module on its device and every shared "
             "parameter in one place; pin fewer modules, or neighbours to one device"

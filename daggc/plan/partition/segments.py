@@ -79,7 +79,7 @@ class Segments:
     work: Work
     cluster: Cluster
     points: Points
-    pins: np.ndarray  # [n] index of the device each node is pinned to, or -1
+    allowed: np.ndarray  # [n, D] whether each node may be on each device
     microbatches: int
 
     def seconds(self, device: Device) -> np.ndarray:
@@ -110,8 +110,8 @@ class Segments:
         return inside + self.points.maxima(self.work.working)
 
     def foreign(self, device: int) -> np.ndarray:
-        """[K+1, K+1] how many nodes of a segment are pinned to other devices."""
-        return self.points.sums(((self.pins >= 0) & (self.pins != device)).astype(float))
+        """[K+1, K+1] how many nodes of a segment may not be on this device."""
+        return self.points.sums((~self.allowed[:, device]).astype(float))
 
     def shares(self) -> np.ndarray:
         """[K+1, K+1] share of the model's FLOPs; of its time where there are functions of unknown FLOPs."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from daggc.ir.graph import Graph, Node, Value
-from daggc.ops import REGISTRY
-from daggc.ops.opdef import NOT_DIFFERENTIABLE
-from daggc.passes.split import RECOMPUTED, split
+from daggc.ir.graph import Graph, Node
+from daggc.passes.split import split
 from daggc.plan.cost import Costs
 from daggc.plan.device import Device
-from daggc.plan.outline import cheap_values, origin_of
+from daggc.plan.outline import origin_of
+from daggc.plan.partition.flows import Flow, crossing, flows_of
 from daggc.plan.partition.order import parameter_users
 
 TRAINED = 4.0  # bytes of a parameter, its gradient and two moments, for each byte of the parameter
@@ -44,6 +43,7 @@ class Work:
         params: bytes of parameters alone.
         residuals: bytes that the backward keeps of each node's results, for one microbatch.
         working: bytes that the largest single op of each reads and writes.
+        flows: values between nodes.
         sent: n+1 bytes of values that cross from before position p to after it.
         returned: n+1 bytes of their cotangents.
         spans: what must not be torn apart.
@@ -56,16 +56,46 @@ class Work:
     params: np.ndarray
     residuals: np.ndarray
     working: np.ndarray
+    flows: tuple[Flow, ...]
     sent: np.ndarray
     returned: np.ndarray
     spans: tuple[Span, ...]
     passes: int
     costs: Costs
     owners: np.ndarray  # position of each joint node's origin
+    ahead: np.ndarray  # whether each joint node is of the forward
 
     def seconds(self, device: Device) -> np.ndarray:
         """Time of each node, with its VJP, on a device."""
         return np.bincount(self.owners, self.costs.seconds(device), len(self.nodes))
+
+    def phases(self, device: Device) -> tuple[np.ndarray, np.ndarray]:
+        """Time of each node, and of its VJP, on a device."""
+        seconds, count = self.costs.seconds(device), len(self.nodes)
+        return (
+            np.bincount(self.owners, seconds * self.ahead, count),
+            np.bincount(self.owners, seconds * ~self.ahead, count),
+        )
+
+    def reordered(self, order: np.ndarray) -> Work:
+        """The same work in another topological order, whose p-th node is ``order[p]`` of this one."""
+        place = np.argsort(order)
+        flows = tuple(flow.moved(place) for flow in self.flows)
+        sent, returned = crossing(flows, len(order))
+        return replace(
+            self,
+            nodes=tuple(self.nodes[at] for at in order),
+            flops=self.flops[order],
+            resident=self.resident[order],
+            params=self.params[order],
+            residuals=self.residuals[order],
+            working=self.working[order],
+            flows=flows,
+            sent=sent,
+            returned=returned,
+            spans=tuple(Span(s.ref, tuple(sorted(int(place[use]) for use in s.uses))) for s in self.spans),
+            owners=place[self.owners],
+        )
 
     @property
     def opaque(self) -> bool:
@@ -92,7 +122,9 @@ def work_of(joint: Graph, primal: Graph, order: Sequence[Node], trained: float =
     holders = {value.name: index for node, index in owned for value in node.outputs}
     for port in forward.outputs_of("residual"):
         residuals[holders.get(port.value.name, 0)] += port.value.type.nbytes
-    sent, returned = _crossing(primal, order, _active(joint, order))
+    flows = flows_of(joint, primal, order)
+    sent, returned = crossing(flows, len(order))
+    ahead = {node.outputs[0].name for node in forward.nodes}
     resident, params = _residents(joint, primal, order, trained)
     return Work(
         nodes=tuple(order),
@@ -101,59 +133,15 @@ def work_of(joint: Graph, primal: Graph, order: Sequence[Node], trained: float =
         params=params,
         residuals=residuals,
         working=working,
+        flows=flows,
         sent=sent,
         returned=returned,
         spans=_spans(primal, order),
         passes=2 if backward.nodes else 1,
         costs=costs,
         owners=owners,
+        ahead=np.array([node.outputs[0].name in ahead for node, _ in owned], bool),
     )
-
-
-def _active(joint: Graph, order: Sequence[Node]) -> set[str]:
-    """Names of forward values that have cotangents: they depend smoothly on what gradients are asked for."""
-    targets = {port.target for port in joint.outputs_of("grad")}
-    active = {port.value.name for port in joint.inputs if port.ref in targets}
-    for node in order:
-        if REGISTRY[node.op].vjp is not NOT_DIFFERENTIABLE and any(value.name in active for value in node.inputs):
-            active.update(value.name for value in node.outputs if value.type.differentiable)
-    return active
-
-
-def _crossing(primal: Graph, order: Sequence[Node], active: set[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of values, and of the cotangents of the active ones, that cross each position.
-
-    Views count as what they are views of, and values that are cheap to make again count nothing.
-    """
-    cheap = cheap_values(primal)
-    roots: dict[str, Value | None] = {}
-    free = {port.value.name for port in primal.inputs if port.kind in ("param", "key", "scalar", "cotangent")}
-    start: dict[str, int] = {}
-    last: dict[str, int] = {}
-    values: dict[str, tuple[Value, bool]] = {}
-    for index, node in enumerate(order):
-        for value in node.inputs:
-            root = roots.get(value.name, value)
-            if root is not None and root.name not in free:
-                start.setdefault(root.name, index)  # a graph input is where it is first read
-                values.setdefault(root.name, (root, root.name in active))
-                last[root.name] = index
-        for value in node.outputs:
-            if node.op in RECOMPUTED and node.inputs:
-                roots[value.name] = roots.get(node.inputs[0].name, node.inputs[0])
-            elif value.name in cheap:
-                roots[value.name] = None
-            else:
-                start[value.name] = index
-                values[value.name] = value, value.name in active
-    sent, returned = np.zeros(len(order) + 2), np.zeros(len(order) + 2)
-    for name, end in last.items():
-        value, has_cotangent = values[name]
-        for steps, counts in ((sent, True), (returned, has_cotangent)):
-            if counts:
-                steps[start[name] + 1] += value.type.nbytes
-                steps[end + 1] -= value.type.nbytes
-    return np.cumsum(sent)[:-1], np.cumsum(returned)[:-1]
 
 
 def _spans(primal: Graph, order: Sequence[Node]) -> tuple[Span, ...]:

@@ -1,0 +1,120 @@
+"""What was predicted of a step beside what its tasks took."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from daggc.plan.explain import nbytes, seconds
+from daggc.plan.simulate import Simulation
+from daggc.report.text import render
+
+if TYPE_CHECKING:  # its module loads torch and dask
+    from daggc.runtime.worker import Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tasks of one stage and phase on one device: ``F0`` are the forwards of stage 0.
+
+    Attributes:
+        predicted: seconds of one; ``measured``: their median.
+        count: tasks that were measured.
+    """
+
+    name: str
+    device: str
+    predicted: float
+    measured: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Predictions of a step, and what came.
+
+    Attributes:
+        step: predicted seconds of a step; ``measured_step``: the median from the end of one step to that of the
+            next, None with fewer than two steps.
+        moved: bytes that a step moves between devices.
+        memory: by device, predicted bytes at most; ``measured_memory``: what its process held more than before the
+            state was put there, at most, where that could be told.
+    """
+
+    rows: tuple[Row, ...]
+    step: float
+    measured_step: float | None
+    moved: int
+    memory: Mapping[str, float]
+    measured_memory: Mapping[str, float]
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE)
+        for head in ("task", "device", "predicted", "measured", "ratio", "runs"):
+            table.add_column(head, justify="left" if head in ("task", "device") else "right")
+        for row in self.rows:
+            times = seconds(row.predicted), seconds(row.measured), _ratio(row.measured, row.predicted)
+            table.add_row(row.name, row.device, *times, str(row.count))
+        if self.measured_step is not None:
+            ratio = _ratio(self.measured_step, self.step)
+            table.add_row("a step", "", seconds(self.step), seconds(self.measured_step), ratio, "")
+        for device, peak in self.memory.items():
+            found = self.measured_memory.get(device)
+            shown = (nbytes(found), _ratio(found, peak)) if found is not None else ("", "")
+            table.add_row("memory", device, nbytes(peak), *shown, "")
+        return f"{render(table, 100)}a step moves {self.moved:,} bytes between devices\n"
+
+
+def _ratio(measured: float, predicted: float) -> str:
+    return f"{measured / predicted:.2f}" if predicted > 0 else "-"
+
+
+def compare(
+    predicted: Simulation,
+    records: Mapping[str, Sequence[Record]],
+    moved: int,
+    measured_memory: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Compare a simulation with the records of steps.
+
+    Args:
+        records: by device, as ``TrainStep.records()`` gives them.
+        moved: bytes of all transfers.
+    """
+    expected: dict[tuple[str, str], list[float]] = {}
+    for task in predicted.tasks:
+        if not task.job.transfer:
+            expected.setdefault((_kind(task.job.name), task.job.place), []).append(task.end - task.start)
+    found: dict[tuple[str, str], list[float]] = {}
+    ends: dict[str, list[float]] = {}
+    for device, own in records.items():
+        for record in own:
+            found.setdefault((_kind(record.name), device), []).append(record.end - record.start)
+            ends.setdefault(f"{record.name} {device}", []).append(record.end)
+    rows = [
+        Row(*key, median(times), median(found[key]), len(found[key])) for key, times in expected.items() if key in found
+    ]
+    return Comparison(
+        tuple(rows), predicted.makespan, _between(ends), moved, predicted.peaks, dict(measured_memory or {})
+    )
+
+
+def _kind(name: str) -> str:
+    """``F0`` for ``F0.3``: the microbatch is left out."""
+    return re.sub(r"\.\d+$", "", name)
+
+
+def _between(ends: Mapping[str, Sequence[float]]) -> float | None:
+    """The median time from one step's last task to the next one's; each task runs once a step."""
+    steps = min((len(own) for own in ends.values()), default=0)
+    if steps < 2:
+        return None
+    last = [max(sorted(own)[-steps:][index] for own in ends.values()) for index in range(steps)]
+    return median(b - a for a, b in pairwise(last))

@@ -1,0 +1,1 @@
+"""How fast workers are: small programs run on them with a clock beside every op, and where the answers are kept."""
