@@ -299,7 +299,9 @@ class TrainStep:
         self._home.settle()
         records = self._home.records()
         if not any(records.values()):
-            raise RunError("no task was recorded since records were last taken (by compare, records or replan); run some steps first")
+            raise RunError(
+                "no task was recorded since records were last taken (by compare, records or replan); run some steps first"
+            )
         result = replanned(self._builder, self._current, records, steps)
         self._builder.use(result.cluster)
         if result.program is not None:
