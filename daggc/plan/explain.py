@@ -17,12 +17,12 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{_plural(len(plan.stages), 'stage')} on {_plural(len(devices), 'device')}, {work}",
         "",
-        *_table(
+        *table(
             ("stage", "device", "modules", "FLOPs", "share", "params", "memory", "sends", "gets back", "time"),
             [_stage_row(stage) for stage in plan.stages],
         ),
         "",
-        *_table(("device", "share", "memory", "of", "busy"), _device_rows(plan, devices)),
+        *table(("device", "share", "memory", "of", "busy"), _device_rows(plan, devices)),
         "",
         "Predicted",
         f"  one batch, from input to the last result: {seconds(plan.seconds)} ({' > '.join(plan.critical)})",
@@ -63,10 +63,10 @@ def _device_rows(plan: Plan, devices: Sequence[str]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as they need; words to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    words = {column for column, name in enumerate(head) if name in ("device", "modules")}
+    words = {column for column, name in enumerate(head) if name in ("device", "modules", "task")}
     return [
         "  ".join(
             cell.ljust(width) if column in words else cell.rjust(width)

@@ -22,7 +22,8 @@ def place(
     """Put each call on its device.
 
     A value is made where its call runs. An input lives where ``input_device`` says or, where that says
-    nothing, with its first reader: parameters, buffers and states with the call that uses them. A call that
+    nothing, with its first reader: parameters, buffers and states with the call that uses them (a parameter that
+    no call uses, with its gradient). A call that
     reads a value of another device reads the result of a ``transfer``, of which there is one for each value
     and destination. Outputs stay where they are made.
 
@@ -38,11 +39,14 @@ def place(
     for node, device in zip(main.nodes, devices, strict=True):
         for value in node.inputs:
             homes.setdefault(value.name, device)
+    made = {value.name: device for node, device in zip(main.nodes, devices, strict=True) for value in node.outputs}
+    gradients = {port.target: made[port.value.name] for port in main.outputs_of("grad") if port.value.name in made}
     b = Builder(REGISTRY, main.name)
     b.reserve(value.name for value in main.values())
     placed: dict[str, Value] = {}
     for port in main.inputs:
-        device = input_device(port) or homes.get(port.value.name) or (devices[0] if devices else None)
+        device = input_device(port) or homes.get(port.value.name) or gradients.get(port.ref)
+        device = device or (devices[0] if devices else None)
         if device is None:
             raise PlanError(f"@{main.name} has no call, so nothing tells where its input {port.ref!r} is")
         placed[port.value.name] = b.adopt(replace(port, value=_on(port.value, device)))

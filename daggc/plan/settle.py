@@ -63,13 +63,20 @@ def settle(
         PlanError: a node's origin has no stage.
     """
     stages = _Stages.of(joint, primal, forward, stage_of, cheap)
-    search = _Settling(joint, forward, stage_of, stages)
+    results = {port.ref for port in primal.outputs}  # a second derivative's primal has gradients among its results
+    readers = {port.ref: stages.readers.get(port.value.name, ()) for port in joint.inputs_of("param")}
+    gradients = {
+        port.ref: readers[port.target]
+        for port in joint.outputs_of("grad")
+        if port.ref not in results and readers.get(port.target)
+    }
+    search = _Settling(joint, forward, stage_of, stages, gradients)
     copies = search.copies()
     homes = search.homes
     if all(len(own) == 1 for own in copies.values()) and not homes:
         found = {name: own[0] for name, own in copies.items()}
         return Settled(joint, found, frozenset(forward))
-    return _rebuilt(joint, forward, copies, homes, stages)
+    return _rebuilt(joint, forward, copies, homes, stages, gradients)
 
 
 @dataclass(frozen=True)
@@ -115,23 +122,22 @@ class _Stages:
         after = [
             sum(1 << other for other in range(stage, count) if before[other] >> stage & 1) for stage in range(count)
         ]
-        return _Stages(before, after, _readers(joint, forward, stage_of))
+        return _Stages(before, after, _readers(joint, primal, forward, stage_of))
 
     def feeds(self, source: int, target: int) -> bool:
         """Whether values go from one stage to the other (cotangents: the other way), or they are the same."""
         return bool(self.before[target] >> source & 1)
 
 
-def _readers(joint: Graph, forward: Set[str], stage_of: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Stages of the forward nodes that read each parameter, or a view of it."""
-    params = {port.value.name: port.value.name for port in joint.inputs if port.kind == "param"}
+def _readers(joint: Graph, primal: Graph, forward: Set[str], stage_of: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Stages of the nodes of ``primal`` that read each parameter, or a view of it; none if no task will."""
+    read = {v.name for node in joint.nodes if node.outputs[0].name in forward for v in node.inputs}
+    params = {port.value.name: port.value.name for port in primal.inputs_of("param") if port.value.name in read}
     readers: dict[str, set[int]] = {name: set() for name in params}
-    for node in joint.nodes:
-        stage = stage_of.get(node.origin or node.outputs[0].name)
-        if node.outputs[0].name not in forward or stage is None:
-            continue
+    for node in primal.nodes:
+        stage = stage_of.get(node.outputs[0].name)
         for value in node.inputs:
-            if value.name in params:
+            if value.name in params and stage is not None:
                 readers[params[value.name]].add(stage)
         if node.op in RECOMPUTED and node.inputs and node.inputs[0].name in params:
             params.update((value.name, params[node.inputs[0].name]) for value in node.outputs)
@@ -146,11 +152,11 @@ class _Settling:
     forward: Set[str]
     stage_of: Mapping[str, int]
     stages: _Stages
+    gradients: Mapping[str, tuple[int, ...]]  # ref of a parameter's gradient -> the stages that read the parameter
     homes: dict[str, int] = field(default_factory=dict)  # ref of a gradient -> the stage that has to pass it on
 
     def __post_init__(self) -> None:
         self.makers = {value.name: node for node in self.joint.nodes for value in node.outputs}
-        self.params = {port.target: port.value.name for port in self.joint.inputs_of("param")}
         self.resident = {port.value.name for port in self.joint.inputs if port.kind in _RESIDENT}
         self.ahead: dict[str, set[int]] = {}  # value -> stages of its readers in the forward phase
         self.behind: dict[str, set[int]] = {}  # and in the backward phase
@@ -175,18 +181,12 @@ class _Settling:
     def read_outputs(self) -> None:
         """What results want: gradients of parameters to be where their parameters are."""
         for port in self.joint.outputs:
-            readers = self.readers_of(port)
+            readers = self.gradients.get(port.ref)
             if readers:
                 wanted = self.home_near(port, readers)
                 self.behind.setdefault(port.value.name, set()).add(wanted)
             else:
                 self.kept.add(port.value.name)
-
-    def readers_of(self, port: Port) -> tuple[int, ...]:
-        """Stages that read the parameter whose gradient a port is."""
-        if port.kind != "grad" or not port.target.startswith("param:"):
-            return ()
-        return self.stages.readers.get(self.params.get(port.target.removeprefix("param:"), ""), ())
 
     def home_near(self, port: Port, readers: Sequence[int]) -> int:
         """The reader's stage where the gradient is made anyway, or else the first."""
@@ -195,7 +195,7 @@ class _Settling:
             return readers[0]
         sources = self.displaced.get(node.outputs[0].name)
         own = self.own(node) if sources is None else lowest_of(sources)
-        return own if own in readers else readers[0]
+        return own if own is not None and own in readers else readers[0]
 
     def own(self, node: Node) -> int | None:
         """The stage of a node's origin."""
@@ -297,7 +297,7 @@ class _Settling:
     def pass_on(self, found: Mapping[str, tuple[int, ...]]) -> None:
         """Note gradients that no stage of their parameter makes."""
         for port in self.joint.outputs:
-            readers = self.readers_of(port)
+            readers = self.gradients.get(port.ref)
             if readers and port.value.name not in self.makers:
                 if len(self.stages.before) > 1:  # a cotangent that is given; it may be wherever it is read
                     self.homes[port.ref] = readers[0]
@@ -318,6 +318,7 @@ def _rebuilt(
     copies: Mapping[str, tuple[int, ...]],
     homes: Mapping[str, int],
     stages: _Stages,
+    gradients: Mapping[str, tuple[int, ...]],
 ) -> Settled:
     """The graph with a node for each stage that makes it."""
     taken = {value.name for value in joint.values()}
@@ -360,13 +361,12 @@ def _rebuilt(
             found[outputs[0].name] = stage
             if name in forward:
                 ahead.add(outputs[0].name)
-    outputs: list[Port] = []
-    values = {port.target: port.value.name for port in joint.inputs_of("param")}
+    results: list[Port] = []
     for port in joint.outputs:
-        readers = stages.readers.get(values.get(port.target.removeprefix("param:"), ""), ())
+        readers = gradients.get(port.ref)
         own = made.get(port.value.name, {})
         value = port.value
-        if port.kind == "grad" and readers and own:
+        if readers and own:
             here = [stage for stage in own if stage in readers]
             value = own[here[0]] if here else next(iter(own.values()))
         if port.ref in homes:
@@ -376,5 +376,5 @@ def _rebuilt(
             attrs = Attrs({"shape": value.type.shape})
             nodes.append(Node("reshape", (source,), (value,), attrs, "", "", ""))
             found[value.name] = stage
-        outputs.append(replace(port, value=value))
-    return Settled(Graph(joint.name, joint.inputs, tuple(nodes), tuple(outputs)), found, frozenset(ahead))
+        results.append(replace(port, value=value))
+    return Settled(Graph(joint.name, joint.inputs, tuple(nodes), tuple(results)), found, frozenset(ahead))

@@ -36,7 +36,8 @@ class Replanned:
         verdict = "the plan stays" if self.program is None else "the next step uses the new plan"
         return (
             f"a step of this plan: {as_text(self.before)}; of the best plan, by measured times: "
-            f"{as_text(self.after)}; moving the state: {as_text(self.moving)}. For {self.steps} steps to come, {verdict}."
+            f"{as_text(self.after)}; moving the state: {as_text(self.moving)}. "
+            f"For {self.steps} steps to come, {verdict}."
         )
 
 

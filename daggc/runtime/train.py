@@ -12,9 +12,9 @@ from torch import nn
 from daggc.errors import RunError
 from daggc.plan.automatic import AUTO
 from daggc.plan.bodies import Group
+from daggc.plan.compared import Comparison, compare
 from daggc.plan.device import Cluster, cluster_of, cpu_device
 from daggc.plan.plan import Plan
-from daggc.report.compared import Comparison, compare
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from daggc.runtime.devices import device_of
@@ -300,7 +300,7 @@ class TrainStep:
         records = self._home.records()
         if not any(records.values()):
             raise RunError(
-                "no task was recorded since records were last taken (by compare, records or replan); run some steps first"
+                "no task was recorded since records were last taken (by compare, records, replan); run some steps first"
             )
         result = replanned(self._builder, self._current, records, steps)
         self._builder.use(result.cluster)

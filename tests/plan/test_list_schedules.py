@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from daggc.errors import DifferentiationError, PlanError
 from daggc.interp import interpret
@@ -15,9 +16,10 @@ from daggc.ir.graph import Program
 from daggc.ir.types import TensorType
 from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
-from daggc.passes.vjp import differentiate, simplify, vjp
+from daggc.passes.vjp import differentiate, joined, simplify, vjp
 from daggc.plan.device import Cluster, Device, Link, cluster_of, cpu_device
 from daggc.plan.partition import partition
+from daggc.plan.partition.bounds import work_bound
 from daggc.plan.partition.coarsen import Layout, Units
 from daggc.plan.partition.listing import ALGORITHMS, Edges, heft, upward_rank
 from daggc.plan.partition.sketch import memory_by_device, placement_of
@@ -145,6 +147,35 @@ def test_what_is_predicted_is_what_the_plan_is_simulated_to_take() -> None:
             assert plan.bound <= plan.slowest
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), devices=st.integers(1, 4))
+def test_the_bound_on_the_busiest_device_is_that_of_linear_programming(seed: int, devices: int) -> None:
+    """Devices of which each is best at other ops."""
+    rng = np.random.default_rng(seed)
+    classes = ("gemm", "reduction", "elementwise")
+    cluster = cluster_of(
+        [
+            Device(f"cpu:{i}", "cpu", dict(zip(classes, rng.uniform(1e8, 1e9, 3), strict=True)), 1e12, 1e9, 0.0, 0.0)
+            for i in range(devices)
+        ]
+    )
+    forward = parallel_branches(4, 2, 32).forward
+    work = partition(simplify(differentiate(forward)), forward, cluster).work
+    seconds = np.stack([work.seconds(device) for device in cluster.devices], axis=1)
+    count = len(seconds)
+    # minimise t with sum over d of x[v, d] = 1 and sum over v of seconds[v, d] x[v, d] <= t
+    each = np.kron(np.eye(count), np.ones(devices))
+    loads = np.concatenate([np.tile(np.eye(devices), count) * seconds.ravel(), -np.ones((devices, 1))], axis=1)
+    wanted = linprog(
+        [*np.zeros(count * devices), 1.0], loads, np.zeros(devices),
+        np.concatenate([each, np.zeros((count, 1))], axis=1), np.ones(count),
+    ).fun  # fmt: skip
+    bound = work_bound(work, cluster)
+    largest = float(seconds.min(axis=1).max())
+    assert bound <= max(wanted, largest) * (1 + 1e-9)
+    assert bound >= 0.97 * wanted
+
+
 def test_all_candidates_are_explained() -> None:
     plan = _plan(parallel_branches())
     text = plan.explain()
@@ -216,8 +247,8 @@ def test_large_models_are_planned_quickly() -> None:
 # --- every placement is correct -----------------------------------------------------------------------
 
 
-def _check(program: Program, devices: int, split_backward: bool, how: str) -> None:
-    """Same values, parameters with their gradients and users on one device."""
+def _check(program: Program, devices: int, split_backward: bool, how: str, homes: bool = True) -> None:
+    """Same values, and, but for ``homes``, parameters with their gradients and users on one device."""
     cluster = cluster_of([_device(i) for i in range(devices)], Link(0.0, 1e12))
     try:
         plan = plan_model(program, cluster, split_backward=split_backward, partition=how)
@@ -230,14 +261,16 @@ def _check(program: Program, devices: int, split_backward: bool, how: str) -> No
     assert list(got) == list(expected)
     for ref, array in expected.items():
         np.testing.assert_array_equal(got[ref], array, err_msg=ref)
+    if not homes:
+        return
     graphs = (plan.program.forward, plan.program.backward)
-    homes = {port.ref: port.value.type.device for graph in graphs for port in graph.inputs_of("param")}
+    where = {port.ref: port.value.type.device for graph in graphs for port in graph.inputs_of("param")}
     for graph in graphs:
-        assert all(homes[port.ref] == port.value.type.device for port in graph.inputs_of("param"))
+        assert all(where[port.ref] == port.value.type.device for port in graph.inputs_of("param"))
         params = {port.value.name for port in graph.inputs_of("param")}
         assert not any(node.op == "transfer" and node.inputs[0].name in params for node in graph.nodes)
     for port in plan.program.backward.outputs_of("grad"):
-        assert homes.get(port.target, port.value.type.device) == port.value.type.device, port.ref
+        assert where.get(port.target, port.value.type.device) == port.value.type.device, port.ref
 
 
 def _cotangents(program: Program) -> dict[str, np.ndarray]:
@@ -266,6 +299,19 @@ def test_every_placement_computes_the_same(data: st.DataObject, split_backward: 
 @given(program=programs(differentiable=True), devices=st.integers(2, 3), split_backward=st.booleans())
 def test_list_schedules_of_the_whole_op_table(program: Program, devices: int, split_backward: bool) -> None:
     _check(program, devices, split_backward, "list")
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), devices=st.integers(2, 3), how=st.sampled_from(("line", "list")))
+def test_second_derivatives_are_placed_too(data: st.DataObject, devices: int, how: str) -> None:
+    """The forward of a program that has gradients among its results."""
+    program = Program({"forward": data.draw(random_graphs())})
+    try:
+        second = joined(vjp(program))
+        vjp(second)
+    except DifferentiationError:
+        return
+    _check(second, devices, False, how, homes=False)
 
 
 @settings(max_examples=60, deadline=None)

@@ -209,9 +209,7 @@ def test_bans_are_kept() -> None:
     with pytest.raises(PlanError, match="no device 'cpu:9'"):
         _partition(_layers(2), cluster, pins={"layers.0": "!cpu:9"})
     banned = {"layers.0": "!cpu:0, !cpu:1", "layers.3": "!cpu:2"}
-    with pytest.raises(
-        PlanError, match=r"layers.0.w is used in .*layers.0.*cpu:2.*layers.3.*cpu:0 or cpu:1.*one place"
-    ):
+    with pytest.raises(PlanError, match=r"layers.0.w is used in .*cpu:2.*layers.3.*cpu:0 or cpu:1.*one place"):
         _partition(_layers(4, tied=True), cluster, pins=banned)
 
 

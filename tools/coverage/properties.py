@@ -34,11 +34,22 @@ EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "c64"
 ROUNDINGS = 64  # that two ways to compute one op may differ by
 AMPLIFIED = 64  # times what single roundings at every node change: the order of a sum, another exp
 LOST = 1e-3  # of a result: when roundings change more than this, the comparison says little, and is counted
-MOVES = ("where", "where_scalar", "split", "reshape", "permute", "slice", "neg", "abs", "relu")  # round nothing
+MOVES = (  # round nothing
+    *("where", "where_scalar", "split", "reshape", "permute", "slice", "neg", "abs", "relu", "broadcast", "concat"),
+    *("pad", "slice_update", "stop_gradient", "gather", "index_select", "index", "embedding"),
+    *("flip", "scatter", "im2col"),
+)
 # Nor do these; were what they picked rounded, it would be equal to none of what they picked it from.
 PICKS = ("max", "min", "amax", "amin", "median", "nanmedian", "median_along", "nanmedian_along", "kthvalue", "mode")
 # The difference of a number and a mean, which is small where all numbers are alike, times rstd, which is then large.
 NORMS = ("layer_norm", "group_norm", "batch_norm")
+# Linear in each operand: terms are added in one order or another, and may cancel.
+SUMS = (
+    *("sum", "mean", "cumsum", "linear", "matmul", "conv", "conv_input_grad", "conv_weight_grad"),
+    *("avg_pool", "avg_pool_backward", "adaptive_avg_pool", "adaptive_avg_pool_backward", "max_pool_backward"),
+    *("embedding_backward", "index_add", "scatter_add", "col2im", "interpolate", "interpolate_backward"),
+    *("upsample_nearest_backward", "fft_c2c", "fft_c2r", "fft_r2c"),
+)
 NORMS_BACKWARD = ("layer_norm_backward", "group_norm_backward", "batch_norm_backward")
 ROUGH = {
     "digamma": 1e6,
@@ -270,25 +281,30 @@ def rounded_otherwise(graph: Graph, arrays: Sequence[np.ndarray], seed: int) -> 
         with np.errstate(all="ignore"):
             return np.asarray(array * noise).astype(array.dtype)
 
-    def shifted(array: np.ndarray, size: float) -> np.ndarray:
-        noise = size * min(EPS[dtype_of(array)], EPS["f32"]) * rng.choice((-1.0, 1.0), array.shape)
+    def shifted(array: np.ndarray, size: np.ndarray | float, eps: float) -> np.ndarray:
+        noise = size * eps * rng.choice((-1.0, 1.0), array.shape)
         with np.errstate(all="ignore"):
             return np.asarray(array + noise).astype(array.dtype)
 
     values = {port.value.name: shaken(array) for port, array in zip(graph.inputs, arrays, strict=True)}
     for node in graph.nodes:
-        results = evaluate_node(node, [values[value.name] for value in node.inputs])
+        operands = [values[value.name] for value in node.inputs]
+        results = evaluate_node(node, operands)
         narrow = max(
             (EPS[v.type.dtype] for v in node.inputs if v.type.dtype in ("f16", "bf16", "f32", "c64")), default=0.0
         )
-        cancelled = terms_of_norm(node.op, [values[value.name] for value in node.inputs], results)
+        cancelled = terms_of_norm(node.op, operands, results)
+        terms = evaluate_node(node, [np.abs(x).astype(x.dtype) for x in operands]) if node.op in SUMS else None
         for value, result in zip(node.outputs, results, strict=True):
             # f32 statistics of bf16 numbers, or the f64 norm of f32 ones, may have been rounded on the way
             times = max(ROUGH.get(node.op, 1.0), narrow / EPS.get(value.type.dtype, 1.0))
             exact = node.op in (*MOVES, *PICKS, "cast")
             values[value.name] = result if exact else shaken(result, times)
             if cancelled and (node.op in NORMS_BACKWARD or value is node.outputs[0]):
-                values[value.name] = shifted(values[value.name], cancelled)
+                eps = min(EPS[value.type.dtype], EPS["f32"])
+                values[value.name] = shifted(values[value.name], cancelled, eps)
+            if terms is not None and value.type.dtype in EPS:
+                values[value.name] = shifted(values[value.name], np.abs(terms[0]), EPS[value.type.dtype])
     return [values[port.value.name] for port in graph.outputs]
 
 

@@ -136,7 +136,7 @@ class _Search:
         if start is None:
             return self.best
         start = self.anneal(heavy, start, seed, _HEATS[0], "")[number]
-        return self.anneal(self.groups, start, seed, _HEATS[0], "annealing of heavy groups, then of all")
+        return self.anneal(self.groups, start, seed, _COOL, "annealing of heavy groups, then of all")
 
     def divide(self, start: Ints, devices: int) -> None:
         """Divide what a few devices have anew by integer programs."""
@@ -164,7 +164,7 @@ class _Search:
             self.bound, self.proof = bound, "the integer program" + ("" if solved.finished else ", stopped")
 
 
-_COOL = Heat(12.0, 0.03)
+_COOL = Heat(12.0, 0.05)
 _HEATS = (Heat(12.0, 0.3), Heat(4.0, 0.5), Heat(6.0, 1.0), Heat(12.0, 0.3), Heat(6.0, 1.0), Heat(12.0, 0.1))
 _COARSE = (8, 4, 12)  # groups for each device
 _POLISHED = 2

@@ -137,7 +137,7 @@ class Units:
 
 def node_parallelism(primal: Graph, work: Work, cluster: Cluster, allowed: np.ndarray) -> float:
     """Work divided by that of the longest chain of nodes, on average devices: about what parallel devices can gain."""
-    layout = layout_of(primal, work.nodes, ~allowed.all(axis=1))
+    layout = layout_of(primal, work.nodes, np.any(~allowed, axis=1, keepdims=True)[:, 0])
     seconds = np.mean([work.seconds(device) for device in cluster.devices], axis=0)
     own = np.bincount(layout.host, seconds, len(work.nodes)).tolist()
     longest = [0.0] * len(own)
@@ -153,7 +153,7 @@ def coarsen(primal: Graph, work: Work, cluster: Cluster, allowed: np.ndarray, pi
         allowed: [n, D] whether each node may be on each device.
         pieces: how many units a device's share of the work is at least.
     """
-    layout = layout_of(primal, work.nodes, ~allowed.all(axis=1))
+    layout = layout_of(primal, work.nodes, np.any(~allowed, axis=1, keepdims=True)[:, 0])
     phases = [work.phases(device) for device in cluster.devices]
     hosted = [np.stack([np.bincount(layout.host, own[k], len(work.nodes)) for own in phases], axis=1) for k in (0, 1)]
     seconds = (hosted[0] + hosted[1]).mean(axis=1)

@@ -111,8 +111,8 @@ class _Placing:
     def options(self, unit: int) -> list[tuple[int, float]]:
         """Devices that the unit may go to, and when it would begin there."""
         times = self.arrival(unit)
-        allowed = np.flatnonzero(self.devices_for(unit))
-        return [(int(device), self.beginning(unit, device, times[device])) for device in allowed]
+        allowed = np.flatnonzero(self.devices_for(unit)).tolist()
+        return [(device, self.beginning(unit, device, times[device])) for device in allowed]
 
     def put(self, unit: int, device: int, start: float) -> None:
         end = start + self.seconds[unit, device]
@@ -224,8 +224,8 @@ def m_etf(units: Units, cluster: Cluster, passes: int, in_flight: int) -> Assign
             least = float(begin.min())
             if best is not None and least > best[0][0]:
                 continue
-            for device in np.flatnonzero(begin == least):
-                key = least, -float(rank[unit]), not placing.near(unit, device), int(device), unit
+            for device in np.flatnonzero(begin == least).tolist():
+                key = least, -float(rank[unit]), not placing.near(unit, device), device, unit
                 if best is None or key < best[0]:
                     best = key, unit
         assert best is not None

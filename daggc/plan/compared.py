@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from rich import box
-from rich.table import Table
-
-from daggc.plan.explain import nbytes, seconds
+from daggc.plan.explain import nbytes, seconds, table
 from daggc.plan.simulate import Simulation
-from daggc.report.text import render
 
-if TYPE_CHECKING:  # its module loads torch and dask
-    from daggc.runtime.worker import Record
+
+class Record(Protocol):
+    """When a task ran, in seconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,20 @@ class Comparison:
     measured_memory: Mapping[str, float]
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE)
-        for head in ("task", "device", "predicted", "measured", "ratio", "runs"):
-            table.add_column(head, justify="left" if head in ("task", "device") else "right")
-        for row in self.rows:
-            times = seconds(row.predicted), seconds(row.measured), _ratio(row.measured, row.predicted)
-            table.add_row(row.name, row.device, *times, str(row.count))
+        lines = [
+            (row.name, row.device, seconds(row.predicted), seconds(row.measured), _ratio(row.measured, row.predicted),
+             str(row.count))
+            for row in self.rows
+        ]  # fmt: skip
         if self.measured_step is not None:
             ratio = _ratio(self.measured_step, self.step)
-            table.add_row("a step", "", seconds(self.step), seconds(self.measured_step), ratio, "")
+            lines.append(("a step", "", seconds(self.step), seconds(self.measured_step), ratio, ""))
         for device, peak in self.memory.items():
             found = self.measured_memory.get(device)
-            shown = (nbytes(found), _ratio(found, peak)) if found is not None else ("", "")
-            table.add_row("memory", device, nbytes(peak), *shown, "")
-        return f"{render(table, 100)}a step moves {self.moved:,} bytes between devices\n"
+            measured, ratio = (nbytes(found), _ratio(found, peak)) if found is not None else ("", "")
+            lines.append(("memory", device, nbytes(peak), measured, ratio, ""))
+        heads = ("task", "device", "predicted", "measured", "ratio", "runs")
+        return "\n".join([*table(heads, lines), f"a step moves {self.moved:,} bytes between devices", ""])
 
 
 def _ratio(measured: float, predicted: float) -> str:
