@@ -24,15 +24,33 @@ from daggc.ir.serialize import load, load_weights, save, to_json, weights_path
 from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
 from daggc.passes.manager import pipeline, run
+from daggc.plan.parallel import plan_parallel
+from daggc.plan.schedule import SCHEDULES
 from daggc.report import stages, tasks, text
+from daggc.report.devices import cluster_text
 from daggc.report.diff import diff_programs
 from daggc.report.dot import to_dot
 from daggc.report.mermaid import to_mermaid
 from daggc.report.picture import picture
 from daggc.report.running import BACKENDS, check_names, fill_inputs, run_program
+from daggc.report.step_timeline import predicted_spans
+from daggc.report.timeline import timeline_html
 
 FORMATS = ("text", "json", "dot", "mermaid")
 _SHOWN = 6  # numbers of an output that are printed
+
+
+class _Count(click.ParamType):
+    """A number, or ``auto``."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isdigit() or int(value) < 1:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return int(value)
 
 
 class _Commands(click.Group):
@@ -59,7 +77,9 @@ def main(debug: bool) -> None:
     """
 
 
-_devices = click.option("--devices", default="2", show_default=True, help="A number of CPU workers, or cpu:0,gpu:0.")
+_devices = click.option(
+    "--devices", default="2", show_default=True, help="A number of CPU workers, cpu:0,gpu:0, or a file: cluster.toml."
+)
 _out = click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to stdout.")
 
 
@@ -180,14 +200,85 @@ def summary(model: str) -> None:
 @main.command()
 @click.argument("model")
 @_devices
+@click.option(
+    "--batch", type=int, help="Samples of a step on many equal GPUs: choose pipeline, tensor and data parallel."
+)
 @_out
-def plan(model: str, devices: str, out: Path | None) -> None:
-    """Print the tasks MODEL is cut into and where they run; with -o, write the plan's program."""
-    made = stages.make_plan(stages.open_source(model).program, stages.parse_devices(devices))
+def plan(model: str, devices: str, batch: int | None, out: Path | None) -> None:
+    """Print the tasks MODEL is cut into and where they run; with -o, write the plan's program.
+
+    With --batch, print instead how a step of a giant model would best be spread over the GPUs of a cluster file, and
+    how long it would take; MODEL may be on torch's meta device, without weights.
+    """
+    cluster = stages.parse_devices(devices)
+    source = stages.open_source(model)
+    if batch is not None:
+        spread = plan_parallel(source.program, cluster, batch)
+        click.echo(str(spread))
+        if out is not None:
+            out.write_text(json.dumps(spread.to_json(), indent=1) + "\n")
+        return
+    made = stages.make_plan(source.program, cluster)
     for graph in text.placed_graphs(made.program):
         _show(text.tasks_table(graph, made.program))
     if out is not None:
         save(made.program, out)
+
+
+@main.command()
+@click.argument("model")
+@_devices
+@click.option("--loss", help="file.py:function(output, target); by default the model gives its own loss.")
+@click.option("--optimizer", type=click.Choice(("adamw", "adam", "sgd")), default="adamw", show_default=True)
+@click.option("--microbatches", type=_Count(), default="auto", show_default=True)
+@click.option("--replicas", type=_Count(), default="auto", show_default=True)
+@click.option("--schedule", type=click.Choice(("auto", *SCHEDULES)), default="auto", show_default=True)
+@click.option("--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture (HTML).")
+@_out
+def simulate(
+    model: str,
+    devices: str,
+    loss: str | None,
+    optimizer: str,
+    timeline: Path | None,
+    out: Path | None,
+    **choices: Any,
+) -> None:
+    """Predict a training step of MODEL on devices that need not be there; -o writes the simulation (JSON).
+
+    With "auto", every choice that is left open is simulated, and the fastest that fits memory is taken.
+    """
+    from daggc.runtime.predict import predict_step
+    from daggc.runtime.step_program import Options
+
+    module, batch = stages.model_and_batch(stages.call_factory(model), model)
+    loss_fn = stages.find_callable(loss) if loss else None
+    step = predict_step(module, loss_fn, batch, stages.parse_devices(devices), optimizer, Options(**choices))
+    click.echo(step.explain().rstrip("\n"))
+    if out is not None:
+        out.write_text(json.dumps(step.predicted.to_json()) + "\n")
+    if timeline is not None:
+        timeline.write_text(timeline_html(predicted_spans(step.predicted), title=f"daggc: a step of {model}"))
+
+
+@main.command()
+@click.option("--workers", default=0, show_default=True, help="Start this many worker processes and measure them.")
+@click.option("--scheduler", help="Address of a running Dask scheduler, instead of --workers.")
+@click.option("--fresh", is_flag=True, help="Measure even what is known.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a cluster file (JSON).")
+def calibrate(workers: int, scheduler: str | None, fresh: bool, out: Path | None) -> None:
+    """Measure the workers of a Dask cluster: rates, overheads and links, as plans are made with.
+
+    What is written with -o serves as --devices of plan, explain and simulate, on any machine.
+    """
+    from daggc.runtime.calibrate import calibrate as measure
+    from daggc.runtime.local_workers import workers_for
+
+    with workers_for(workers or (0 if scheduler else 1), scheduler) as client:
+        cluster = measure(client, fresh=fresh)
+    click.echo(cluster_text(cluster))
+    if out is not None:
+        out.write_text(json.dumps(cluster.to_json()) + "\n")
 
 
 @main.command()
@@ -206,8 +297,9 @@ def explain(model: str, devices: str) -> None:
 @click.option("--loss", help="file.py:function(output, target); by default the model gives its own loss.")
 @click.option("--optimizer", type=click.Choice(("adamw", "adam", "sgd")), default="adamw", show_default=True)
 @click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
-@click.option("--microbatches", default=1, show_default=True)
-@click.option("--schedule", type=click.Choice(("1f1b", "gpipe")), default="1f1b", show_default=True)
+@click.option("--microbatches", type=_Count(), default=1, show_default=True)
+@click.option("--replicas", type=_Count(), default=1, show_default=True, help="Of every stage (data parallel).")
+@click.option("--schedule", type=click.Choice(("auto", *SCHEDULES)), default="1f1b", show_default=True)
 @click.option("--clip", type=float, help="Largest global norm of the gradients.")
 @click.option("--workers", default=0, show_default=True, help="Start this many worker processes; 0: this process.")
 @click.option("--scheduler", help="Address of a running Dask scheduler, instead of --workers.")

@@ -26,6 +26,7 @@ from daggc.ir.verifier import verify
 from daggc.ops import REGISTRY
 from daggc.passes.manager import pipeline, run
 from daggc.passes.vjp import vjp
+from daggc.plan.cluster_file import load_cluster
 from daggc.plan.device import Cluster, cluster_of, cpu_device, gpu_device
 from daggc.plan.plan import Plan, plan_model
 from daggc.plan.request import plan_on
@@ -183,7 +184,9 @@ def _has_gradient(program: Program) -> bool:
 
 
 def parse_devices(text: str) -> Cluster:
-    """Devices from ``2`` (two CPU workers) or ``cpu:0,cpu:1,gpu:0``. Raises PlanError for anything else."""
+    """Devices from ``2`` (two CPU workers), ``cpu:0,cpu:1,gpu:0``, or a cluster file. Raises PlanError for others."""
+    if text.endswith((".toml", ".json")):
+        return load_cluster(text)
     if text.isdigit():
         return cluster_of([cpu_device(index) for index in range(int(text))])
     makers = {"cpu": cpu_device, "gpu": gpu_device}

@@ -38,7 +38,8 @@ class FitOptions:
     steps: int
     optimizer: str = "adamw"
     rate: float = 1e-3
-    microbatches: int = 1
+    microbatches: int | str = 1
+    replicas: int | str = 1
     schedule: str = "1f1b"
     max_grad_norm: float | None = None
     save: Path | None = None
@@ -74,6 +75,7 @@ def fit(
         loss_fn,
         optimizer,
         microbatches=options.microbatches,
+        replicas=options.replicas,
         schedule=options.schedule,
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,

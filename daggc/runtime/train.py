@@ -125,6 +125,10 @@ class TrainStep:
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
         return LazyLoss(pending)
 
+    def plan_for(self, *args: Any, **kwargs: Any) -> StepProgram:
+        """The program of a step on such a batch, planned but not run; its ``predicted`` is the simulation of it."""
+        return self.program(read_batch(args, kwargs))
+
     def program(self, batch: Batch) -> StepProgram:
         """The step's program for batches like this one, built when first needed."""
         self._groups = read_groups(self.optimizer, self.model)

@@ -89,15 +89,16 @@ class _Search:
     def run(self) -> None:
         """Starts, annealing, programs on a few devices, annealing of what they gave, the program of everything."""
         found = [self.best, *self.cuts()]
+        cut = self.value
         for seed, heat in enumerate(_HEATS):
             if self.done:
                 return
             start = found[seed % len(found)] if seed % 2 else self.best
             found.append(self.anneal(self.groups, start, seed, heat, "annealing"))
-        for count in _COARSE:
+        for count, value in _COARSE:
             if self.done:
                 return
-            found.append(self.coarse(count * self.groups.devices, seed=count))
+            found.append(self.coarse(count * self.groups.devices, value * cut, seed=count))
         by_value = sorted(found, key=lambda device: float(loads_of(self.groups, device).max()))
         for start in distinct(by_value)[:_POLISHED]:
             self.divide(start, devices=2)
@@ -126,9 +127,9 @@ class _Search:
             self.offer(device, how)
         return device
 
-    def coarse(self, count: int, seed: int) -> Ints:
+    def coarse(self, count: int, value: float, seed: int) -> Ints:
         """Search over few heavy groups, then over all from there, int[groups]."""
-        label = coarsen(self.groups, count, self.value)
+        label = coarsen(self.groups, count, value)
         number = np.unique(label, return_inverse=True)[1]
         heavy = merge(self.groups, label)
         cuts = [cut for order in orders(heavy) if (cut := best_cut(heavy, order)) is not None]
@@ -142,7 +143,7 @@ class _Search:
         """Divide what a few devices have anew by integer programs."""
         if self.done:
             return
-        programs = min(self.programs, max(1, self.effort.programs // 3))
+        programs = min(self.programs, max(1, self.effort.programs // 4))
         better, solved = improve(
             self.groups, start, devices=devices, free=self.effort.free, programs=programs, target=self.target
         )
@@ -165,9 +166,10 @@ class _Search:
 
 
 _COOL = Heat(12.0, 0.05)
-_HEATS = (Heat(12.0, 0.3), Heat(4.0, 0.5), Heat(6.0, 1.0), Heat(12.0, 0.3), Heat(6.0, 1.0), Heat(12.0, 0.1))
-_COARSE = (8, 4, 12)  # groups for each device
-_POLISHED = 2
+_HEATS = (Heat(12.0, 0.3), Heat(4.0, 0.5), Heat(6.0, 1.0), Heat(12.0, 0.1))
+# Groups for each device, and how heavy they may become, measured by the value of the best cut. Which is best differs.
+_COARSE = ((20, 1.0), (8, 0.8), (4, 1.25))
+_POLISHED = 3
 
 
 def distinct(devices: list[Ints]) -> list[Ints]:
