@@ -175,7 +175,8 @@ class WorkerHome:
         homes = {port.ref: str(port.value.type.device) for port in program["step"].inputs_of(*RESIDENT)}
         self._devices = homes
         if not self._before:
-            self._before = self._everywhere(start_counting)
+            held = self.pool.gather([self.pool.run_on(device, start_counting) for device in self.pool.addresses])
+            self._before = dict(zip(self.pool.addresses, held, strict=True))
         futures: list[Future] = []
         for device in self.pool.addresses:
             own = {ref: tensors[ref].detach() for ref, home in homes.items() if home == device}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from daggc.runtime.batch import Batch
 from daggc.runtime.dask_executor import checksum
 from daggc.runtime.resident import RESIDENT
 
-DASK = Runtime(barrier=True, versions=2)
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
 
@@ -85,7 +85,8 @@ class StepProgram:
     @cached_property
     def predicted(self) -> Simulation:
         """A step as it is expected to run, on Dask's workers."""
-        return simulate(self.step.graph, self.step.program, self.cluster, strict=False, runtime=DASK)
+        runtime = runtime_of(self.cluster)
+        return simulate(self.step.graph, self.step.program, self.cluster, strict=False, runtime=runtime)
 
     @property
     def moved(self) -> int:
@@ -292,6 +293,16 @@ class StepBuilder:
                 )
             self._captures[key] = captured
         return self._captures[key]
+
+
+def runtime_of(cluster: Cluster) -> Runtime:
+    """What Dask takes beside the tasks of a step.
+
+    Before the first task of a step, its update waits for a task that says that all devices have ended, and the next
+    step waits for the update: two messages.
+    """
+    message = median(device.hop for device in cluster.devices)
+    return Runtime(begin=2 * message, message=message, barrier=True, versions=2)
 
 
 def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...], State]:

@@ -1,8 +1,7 @@
 """Predicted against measured: the time of a step, and the memory of each worker, over a fixed list of plans.
 
 For each number of workers, workers are started and calibrated once. Of each model, every plan is predicted before any
-step of that model has run; then each is run. "known" models' nodes are measured one by one beforehand (as after
-`calibrate_program`); the others are predicted from calibration's curves alone.
+step of that model has run; then each is run. Calibration has seen none of the models: its suite is of other sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import daggc
-from daggc.runtime.calibrate import calibrate_program
 from daggc.runtime.local_workers import local_workers
-from daggc.runtime.pool import pool_of
 from daggc.runtime.train import TrainStep
 
 
@@ -45,7 +42,6 @@ class Case:
         return f"{self.model}, {self.workers} workers, {shown or 'one batch'}"
 
 
-KNOWN = ("gpt", "small gpt", "mlp")
 SPLIT = {"split_backward": True}
 TWO: dict[str, Sequence[dict[str, Any]]] = {
     "gpt": (
@@ -84,7 +80,6 @@ class Row:
     """What was predicted and measured of a case; seconds and bytes."""
 
     case: str
-    known: bool
     predicted: float
     measured: float = math.nan
     memory: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -98,15 +93,6 @@ def begin(case: Case, one: Example, client: Any) -> TrainStep:
     compiled = daggc.compile(one.model, client=client)
     optimizer = torch.optim.AdamW(one.model.parameters(), lr=1e-4)
     return compiled.train_step(one.loss, optimizer, seed=0, force_microbatches=one.force, **case.options)
-
-
-def predicted(case: Case, step: TrainStep, one: Example, pool: Any, known: bool) -> Any:
-    """The program of the step, whose prediction is of now: no step has run."""
-    program = step.plan_for(*one.batch)
-    if known:
-        cluster = calibrate_program(pool, program.step.program, seconds=1.0)
-        program = replace(program, cluster=cluster)
-    return program
 
 
 def run(case: Case, step: TrainStep, one: Example, seconds: float) -> tuple[float, dict[str, float]]:
@@ -153,18 +139,17 @@ def main(only: str, seconds: float, out: Path | None) -> None:
 
 def measure_model(model: str, cases: Sequence[Case], client: Any, seconds: float) -> list[Row]:
     """Predict all plans of a model, then run them."""
-    pool = pool_of(client)
     made: list[tuple[Case, Example, TrainStep, Any]] = []
     for case in cases:
         one = example(model)
         step = begin(case, one, client)
-        made.append((case, one, step, predicted(case, step, one, pool, model in KNOWN)))
+        made.append((case, one, step, step.plan_for(*one.batch)))
     rows: list[Row] = []
     for case, one, step, program in made:
         simulation = program.predicted
         measured, memory = run(case, step, one, seconds)
         peaks = {device: (simulation.peaks.get(device, 0.0), most) for device, most in memory.items()}
-        rows.append(Row(str(case), model in KNOWN, simulation.makespan, measured, peaks))
+        rows.append(Row(str(case), simulation.makespan, measured, peaks))
         click.echo(f"{case}: predicted {simulation.makespan * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms", err=True)
         step.close()
     return rows
@@ -172,23 +157,20 @@ def measure_model(model: str, cases: Sequence[Case], client: Any, seconds: float
 
 def table(rows: Sequence[Row]) -> Table:
     shown = Table()
-    for head in ("plan", "known", "predicted ms", "measured ms", "error", "memory predicted/measured MB"):
+    for head in ("plan", "predicted ms", "measured ms", "error", "memory predicted/measured MB"):
         shown.add_column(head, justify="left" if head == "plan" else "right")
     for row in rows:
         memory = " ".join(f"{a / 1e6:.0f}/{b / 1e6:.0f}" for a, b in row.memory.values())
         times = f"{row.predicted * 1e3:.1f}", f"{row.measured * 1e3:.1f}", f"{row.error:+.1%}"
-        shown.add_row(row.case, "yes" if row.known else "", *times, memory)
+        shown.add_row(row.case, *times, memory)
     return shown
 
 
 def summary(rows: Sequence[Row]) -> str:
     errors = np.array([abs(row.error) for row in rows])
-    unseen = np.array([abs(row.error) for row in rows if not row.known])
     ranks = [np.argsort(np.argsort([getattr(row, name) for row in rows])) for name in ("predicted", "measured")]
     memory = np.array([abs(a / b - 1) for row in rows for a, b in row.memory.values() if b > 0])
     lines = [f"{len(rows)} plans: median error {np.median(errors):.1%}, 90th percentile {np.quantile(errors, 0.9):.1%}"]
-    if len(unseen):
-        lines.append(f"  {len(unseen)} of models not seen before: median {np.median(unseen):.1%}")
     if len(rows) > 2:
         lines.append(f"  rank correlation {np.corrcoef(ranks[0], ranks[1])[0, 1]:.3f}")
     if len(memory):

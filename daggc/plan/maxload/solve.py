@@ -36,7 +36,7 @@ class Effort:
     moves: int = 800
     least: int = 50_000
     most: int = 250_000
-    programs: int = 40
+    programs: int = 50
     free: int = 60
     whole: int = 400
     nodes: int = 2000
@@ -102,11 +102,12 @@ class _Search:
         by_value = sorted(found, key=lambda device: float(loads_of(self.groups, device).max()))
         for start in distinct(by_value)[:_POLISHED]:
             self.divide(start, devices=2)
-        for devices in (3, 2, 3):
+        self.divide(self.best, devices=3)
+        for seed, heat in enumerate(_SHAKES):
             if self.done or self.programs <= 0:
                 break
-            self.anneal(self.groups, self.best, devices, _COOL, "annealing")
-            self.divide(self.best, devices)
+            self.divide(self.anneal(self.groups, self.best, seed, heat, "annealing"), devices=2)
+            self.divide(self.best, devices=3)
         self.prove()
 
     def cuts(self) -> list[Ints]:
@@ -143,7 +144,7 @@ class _Search:
         """Divide what a few devices have anew by integer programs."""
         if self.done:
             return
-        programs = min(self.programs, max(1, self.effort.programs // 4))
+        programs = min(self.programs, max(1, self.effort.programs // 5))
         better, solved = improve(
             self.groups, start, devices=devices, free=self.effort.free, programs=programs, target=self.target
         )
@@ -167,6 +168,7 @@ class _Search:
 
 _COOL = Heat(12.0, 0.05)
 _HEATS = (Heat(12.0, 0.3), Heat(4.0, 0.5), Heat(6.0, 1.0), Heat(12.0, 0.1))
+_SHAKES = (_COOL, Heat(6.0, 0.5), Heat(12.0, 0.3), Heat(3.0, 1.0), _COOL)
 # Groups for each device, and how heavy they may become, measured by the value of the best cut. Which is best differs.
 _COARSE = ((20, 1.0), (8, 0.8), (4, 1.25))
 _POLISHED = 3

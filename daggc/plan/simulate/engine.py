@@ -69,7 +69,7 @@ class _Loop:
         self.shared = _Shared(jobs, capacity)
 
     def run(self) -> None:
-        submit = self.runtime.submit * sum(not job.transfer for job in self.jobs)
+        submit = self.runtime.begin + self.runtime.submit * sum(not job.transfer for job in self.jobs)
         for index, count in enumerate(self.missing):
             if not count:
                 self.make_ready(index, submit)

@@ -47,7 +47,9 @@ class Runtime:
             takes them in).
         dispatch: seconds of the scheduler, of which there is one for all, for each task that has ended: it works
             them off one after another, and what waits for a task begins after that.
-        message: seconds from a worker to the scheduler and back to a worker, beside ``dispatch``.
+        begin: seconds from the end of the step before to the first task.
+        message: seconds from a worker to the scheduler and back to a worker, beside ``dispatch``. The latency of a
+            link counts from the end of a task, so it has this in it.
         transfer_cores: cores that a transfer keeps busy at each of its ends while it lasts.
         barrier: updates wait until everything else has run, on all devices.
         versions: versions of parameters and buffers that a worker keeps: with 2, the one before the current too.
@@ -56,6 +58,7 @@ class Runtime:
 
     submit: float = 0.0
     dispatch: float = 0.0
+    begin: float = 0.0
     message: float = 0.0
     transfer_cores: float = 0.0
     barrier: bool = False

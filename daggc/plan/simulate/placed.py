@@ -39,7 +39,7 @@ def simulate(
         memory: simulate memory too; without it, it is faster by half.
     """
     sharing = _Sharing(cluster, runtime)
-    jobs = _jobs(step, cluster, seconds or _roofline(program, cluster), sharing)
+    jobs = _jobs(step, cluster, seconds or _roofline(program, cluster), sharing, runtime.message)
     if runtime.barrier:
         _hold_updates(step, jobs)
     done = run_jobs(jobs, strict, sharing.capacity, runtime)
@@ -49,8 +49,10 @@ def simulate(
     return replace(done, memory=memory_over_time(done.tasks, buffers, resident, workspace))
 
 
-def _jobs(step: Graph, cluster: Cluster, seconds: Callable[[Node], float], sharing: _Sharing) -> list[Job]:
-    """A job for each node, in order."""
+def _jobs(
+    step: Graph, cluster: Cluster, seconds: Callable[[Node], float], sharing: _Sharing, message: float
+) -> list[Job]:
+    """A job for each node, in order; ``message`` is what every task is followed by already."""
     makers: dict[str, int] = {}
     names: dict[str, int] = {}
     jobs: list[Job] = []
@@ -63,7 +65,8 @@ def _jobs(step: Graph, cluster: Cluster, seconds: Callable[[Node], float], shari
             occupied = node.output.type.nbytes / link.bandwidth
             uses = sharing.transfer(source, target)
             job = Job(
-                node.output.name, f"{source}->{target}", occupied, tuple(needs), link.latency, True, uses=uses
+                node.output.name, f"{source}->{target}", occupied, tuple(needs),
+                max(link.latency - message, 0.0), True, uses=uses,
             )  # fmt: skip
         else:
             needs += [names[name] for name in attrs.get("after", ()) if name in names]
