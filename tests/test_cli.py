@@ -178,6 +178,34 @@ def results_of(file: Path, folder: Path, *options: str | Path) -> dict[str, np.n
     return load_file(folder / "out.safetensors")
 
 
+CLUSTER = """
+[[devices]]
+kind = "cpu"
+count = 2
+memory = 4e9
+"""
+
+
+def test_a_step_is_simulated_on_the_devices_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text(CLUSTER)
+    (tmp_path / "loss.py").write_text("def loss(output, target):\n    return ((output - target) ** 2).mean()\n")
+    (tmp_path / "model.py").write_text(
+        "import torch\n\ndef factory():\n    torch.manual_seed(0)\n"
+        "    layers = [torch.nn.Linear(8, 8) for _ in range(4)]\n"
+        "    return torch.nn.Sequential(*layers), (torch.ones(4, 8), torch.ones(4, 8))\n"
+    )
+    model, out, picture = tmp_path / "model.py:factory", tmp_path / "step.json", tmp_path / "step.html"
+    arguments = ["simulate", model, "--devices", tmp_path / "cluster.toml", "--loss", f"{tmp_path}/loss.py:loss"]
+    text = succeed(*arguments, "-o", out, "--timeline", picture)
+    assert "Considered" in text and "2 microbatches" in text and "chosen" in text and "makespan" in text
+    assert json.loads(out.read_text())["makespan_us"] > 0
+    assert "F0" in picture.read_text()
+    fixed = succeed(*arguments, "--microbatches", "4", "--schedule", "gpipe", "--replicas", "1")
+    assert "step of 4 microbatches" in fixed
+    refused = call(*arguments, "--microbatches", "none")
+    assert refused.exit_code == 2 and "neither a number nor auto" in refused.output
+
+
 def test_backends_agree_and_so_does_a_plan(saved: Path, tmp_path: Path) -> None:
     inputs = ("--inputs", saved / "inputs.safetensors")
     succeed("plan", saved / "mlp.dag", "-o", tmp_path / "plan.dag")

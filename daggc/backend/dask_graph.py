@@ -172,7 +172,13 @@ class _Emitter:
         self.keys: dict[str, str] = {}  # name of a call's task attribute -> its key
         self.commits = {port.value.name: port for port in graph.outputs if port.kind in committed}
         self.deferred: dict[str, list[Node]] = {}  # device -> calls that update its store
-        self.fetched: dict[str, Found] = {}  # transfer of a value of a store -> its result
+        self.moved: dict[str, Found] = {}  # what transfers give, where several go the same way
+        self.makers = {v.name: n.outputs[0].name for n in graph.nodes if n.op == "call" for v in n.outputs}
+        self.readers: dict[str, tuple[str, int]] = {}  # value -> device and place of the first call that reads it
+        for index, node in enumerate(graph.nodes):
+            for value in node.inputs if node.op == "call" else ():
+                self.readers.setdefault(value.name, (str(node.attrs.get("device")), index))
+        self.together = self.ways()
 
     def inputs(self, inputs: Mapping[str, Source]) -> None:
         for port in self.graph.inputs:
@@ -191,37 +197,52 @@ class _Emitter:
             self.call(position, node)
 
     def transfer(self, position: int, node: Node) -> Found:
+        """Where a value is that moves: in the result of a task that has all that goes the same way."""
         source = self.found[node.inputs[0].name]
-        if isinstance(source, Resident):
-            if node.output.name not in self.fetched:
-                self.fetch(position, node)
-            return self.fetched[node.output.name]
-        if source.index is None:
+        if isinstance(source, Found) and source.index is None:
             return source  # a task's whole result: Dask moves it by itself
-        return add_pick(self.result, source, str(node.inputs[0].type.device), self.token, position)
+        if node.output.name not in self.moved:
+            together = self.together[self.way(node)]
+            device = str(node.inputs[0].type.device)
+            if isinstance(source, Resident):
+                self.fetch(position, device, together)
+            elif len(together) == 1:
+                return add_pick(self.result, source, device, self.token, position)
+            else:
+                self.pick(position, device, source.key, together)
+        return self.moved[node.output.name]
 
-    def fetch(self, position: int, first: Node) -> None:
-        """Add a task whose result is all that one call needs of another device's store: one message, not one each."""
+    def ways(self) -> dict[tuple[str, str, int], list[Node]]:
+        """The transfers of each way: from one call, or a device's store, to the first that reads them elsewhere."""
+        found: dict[tuple[str, str, int], list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "transfer":
+                found.setdefault(self.way(node), []).append(node)
+        return found
+
+    def way(self, node: Node) -> tuple[str, str, int]:
+        value = node.inputs[0]
+        return self.makers.get(value.name, f"store {value.type.device}"), *self.readers.get(node.output.name, ("", -1))
+
+    def fetch(self, position: int, device: str, together: Sequence[Node]) -> None:
+        """Add a task whose result is what one call needs of another device's store: one message, not one each."""
+        sources = [(node, self.found[node.inputs[0].name]) for node in together]
+        resident = [(node, source.ref) for node, source in sources if isinstance(source, Resident)]
         if self.read is None:
-            raise PlanError(f"{first.inputs[0]} lives in a worker's store and would have to move")
-        device = str(first.inputs[0].type.device)
-        reader = next((node for node in self.graph.nodes if first.output in node.inputs), first)
-        wanted = {value.name for value in reader.inputs}
-        together = {
-            node.output.name: self.found[node.inputs[0].name]
-            for node in self.graph.nodes[position:]
-            if node.op == "transfer"
-            and (node is first or node.output.name in wanted)
-            and node.output.name not in self.fetched
-            and isinstance(self.found.get(node.inputs[0].name), Resident)
-            and str(node.inputs[0].type.device) == device
-        }
+            raise PlanError(f"{together[0].inputs[0]} lives in a worker's store and would have to move")
         dependencies = [TaskRef(self.after[device].key)] if device in self.after else []
         key = f"daggc.fetch-{self.token}-{position}"
-        refs = tuple(source.ref for source in together.values() if isinstance(source, Resident))
-        task = Task(key, self.read, refs, self.context.get(device), *dependencies)
-        self.add(key, task, device, -position)
-        self.fetched.update((name, Found(key, index)) for index, name in enumerate(together))
+        refs = tuple(ref for _, ref in resident)
+        self.add(key, Task(key, self.read, refs, self.context.get(device), *dependencies), device, -position)
+        self.moved.update((node.output.name, Found(key, index)) for index, (node, _) in enumerate(resident))
+
+    def pick(self, position: int, device: str, source: str, together: Sequence[Node]) -> None:
+        """Add a task whose result is what one call needs of another's result on another device."""
+        places = [(node, self.found[node.inputs[0].name]) for node in together]
+        indices = tuple(place.index for _, place in places if isinstance(place, Found))
+        key = f"daggc.send-{self.token}-{position}"
+        self.add(key, Task(key, pick_all, TaskRef(source), indices), device, 1)  # cheap, and someone waits for it
+        self.moved.update((node.output.name, Found(key, index)) for index, (node, _) in enumerate(places))
 
     def _updates(self, name: str) -> bool:
         """Whether a value is a new parameter or optimizer state (new buffers come out of forward calls)."""

@@ -35,6 +35,8 @@ class Device:
         profile: measured seconds of exact nodes, by :func:`daggc.plan.cost.node_key`; they come before all else.
         hop: seconds from the end of a task to the start of one on the same device that waited for it, beyond
             ``overhead``.
+        handling: seconds of a core of the host that go into scheduling a task and telling of it, while the device may
+            already compute the next one.
         argument: seconds that each input of a task takes to be fetched and checked before its ops run.
         slowdown: by op class, how many times as long ops take while the other devices of the host compute too: what
             their memory and caches are shared for. Times are predicted with it, for that is the usual state.
@@ -54,6 +56,7 @@ class Device:
     hop: float = 0.0
     slowdown: Mapping[str, float] = field(default_factory=dict)
     argument: float = 0.0
+    handling: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,7 +65,7 @@ class Device:
             raise PlanError(f"device {self.name!r}: flops must name at least the op class 'elementwise'")
         if min(*self.flops.values(), self.bandwidth, self.memory) <= 0:
             raise PlanError(f"device {self.name!r}: rates and memory are positive")
-        if min(self.overhead, self.launch, self.threads, self.hop, self.argument) < 0:
+        if min(self.overhead, self.launch, self.threads, self.hop, self.argument, self.handling) < 0:
             raise PlanError(f"device {self.name!r}: overheads and threads are not negative")
         if min(self.profile.values(), default=1.0) < 0 or min(self.slowdown.values(), default=1.0) <= 0:
             raise PlanError(f"device {self.name!r}: measured times are not negative, and factors positive")

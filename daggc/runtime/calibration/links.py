@@ -6,12 +6,15 @@ different hosts are never compared, and what submitting takes at all falls out.
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
+from statistics import median
 
 import torch
 from distributed import Future
@@ -31,6 +34,7 @@ from daggc.runtime.worker import run_task
 _LARGE = TensorType("f32", (1 << 20,))  # what bandwidth is measured with: 4 MiB
 _SMALL = TensorType("f32", (1,))
 _REPEATS = 3
+_FEW, _MANY = 4, 44  # tasks of chains whose CPU time is measured
 _SHORTEST = 1e-6  # no slope is taken for less, whatever noise there was
 
 
@@ -69,6 +73,27 @@ class Meter:
         fan = self._slope([device], _SMALL, 4, 28, chained=False)
         chain = self._slope([device], _SMALL, 2, 12)
         return Overheads(fan, max(chain - fan, 0.0))
+
+    def handling(self, device: str) -> float:
+        """Seconds of CPU that all processes together spend on a task of a chain that does next to nothing.
+
+        Only of processes on this host; where the scheduler is on another one, its part is not counted.
+        """
+        spent: dict[int, list[float]] = {}
+        for count in (_FEW, _MANY):
+            for _ in range(_REPEATS):
+                before = self._cpu()
+                self._seconds([device], _SMALL, count, True)
+                after = self._cpu()
+                spent.setdefault(count, []).append(sum(after[key] - before.get(key, 0.0) for key in after))
+        return max((median(spent[_MANY]) - median(spent[_FEW])) / (_MANY - _FEW), 0.0)
+
+    def _cpu(self) -> dict[tuple[str, int], float]:
+        """By process: seconds of CPU so far, of the client, the scheduler and the workers."""
+        client = self.pool.client
+        here = _cpu_seconds()
+        found = [here, client.run_on_scheduler(_cpu_seconds), *client.run(_cpu_seconds).values()]
+        return {key: seconds for key, seconds in found if key[0] == here[0][0]}
 
     def link(self, source: str, target: str, own: Overheads) -> Link:
         """Between two devices, from chains that go back and forth; ``own``: of tasks without a transfer."""
@@ -130,3 +155,8 @@ class Meter:
         if (device, type_) not in self._data:
             self._data[device, type_] = self.pool.scatter({"x": torch.zeros(type_.shape)}, device)
         return self._data[device, type_]
+
+
+def _cpu_seconds() -> tuple[tuple[str, int], float]:
+    """Host and number of this process, and the CPU time it has spent."""
+    return (platform.node(), os.getpid()), time.process_time()

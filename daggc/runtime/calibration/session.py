@@ -29,7 +29,7 @@ from daggc.runtime.pool import Pool
 _PART_ROUNDS = 3
 _SLOWER = 1.3  # times as long as its like takes a worker that is then measured by itself
 _MOST_PAIRS = 6  # of devices, whose links are measured one by one
-_MEASURED = ("flops", "bandwidth", "launch", "overhead", "hop", "argument", "curves")  # fields of a device
+_MEASURED = ("flops", "bandwidth", "launch", "overhead", "hop", "argument", "handling", "curves")  # fields of a device
 _RANGE = (1e-9, 1e18)  # of numbers that are believed
 
 Totals = Mapping[str, float]  # op class -> seconds
@@ -151,6 +151,7 @@ class Session:
             overhead=own.overhead,
             hop=own.hop,
             argument=argument,
+            handling=meter.handling(device.name),
         )
 
     def together(self) -> dict[str, Totals]:
@@ -226,7 +227,9 @@ def restored(device: Device, entry: Any) -> Device | None:
     if not isinstance(entry, Mapping) or set(entry) != set(_MEASURED):
         return None
     try:
-        numbers = {name: _sound(entry[name], zero=True) for name in ("launch", "overhead", "hop", "argument")}
+        numbers = {
+            name: _sound(entry[name], zero=True) for name in ("launch", "overhead", "hop", "argument", "handling")
+        }
         flops = {str(name): _sound(rate) for name, rate in entry["flops"].items()}
         curves = {str(name): tuple(map(tuple, rows)) for name, rows in entry["curves"].items()}
         return replace(device, flops=flops, bandwidth=_sound(entry["bandwidth"]), curves=curves, **numbers)
