@@ -26,7 +26,8 @@ def explain(plan: Plan) -> str:
         "",
         "Predicted",
         f"  one batch, from input to the last result: {seconds(plan.seconds)} ({' > '.join(plan.critical)})",
-        f"  busiest device: {seconds(plan.slowest)}; with all work spread evenly, no transfers: {seconds(plan.bound)}",
+        f"  busiest device: {seconds(plan.slowest)}",
+        f"  at least, without transfers: {seconds(plan.seconds_bound)} a batch, busiest device {seconds(plan.bound)}",
         "",
         "Why",
     ]

@@ -18,7 +18,7 @@ from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
-from daggc.runtime.memory import held_at_most, start_counting
+from daggc.runtime.memory import count_again, start_counting
 from daggc.runtime.pool import Pool
 from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
 
@@ -69,7 +69,10 @@ class Home(Protocol):
         ...
 
     def memory(self) -> dict[str, float]:
-        """By device: bytes its process held at most, beyond what it held before the first state was put there."""
+        """By device: bytes its process held at most, beyond what it held before the first state was put there.
+
+        Counted since the last call, or since then.
+        """
         ...
 
     def close(self) -> None:
@@ -297,7 +300,7 @@ class WorkerHome:
         return self._everywhere(take_records)
 
     def memory(self) -> dict[str, float]:
-        return {device: most - self._before.get(device, 0.0) for device, most in self._everywhere(held_at_most).items()}
+        return {device: most - self._before.get(device, 0.0) for device, most in self._everywhere(count_again).items()}
 
     def _everywhere(self, function: Callable[[], Any]) -> dict[str, Any]:
         """What a function gives on each worker, by device."""
