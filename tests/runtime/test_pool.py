@@ -105,6 +105,24 @@ def _kill_soon(client: Client, address: str, seconds: float) -> threading.Thread
     return thread
 
 
+def _kill_at_work(client: Client, address: str) -> threading.Thread:
+    """Kill a worker half a second after it was first given a task."""
+
+    def given(dask_scheduler: Any) -> bool:
+        return any(task.key.startswith("daggc.") for task in dask_scheduler.workers[address].processing)
+
+    pid = client.run(os.getpid, workers=[address])[address]
+
+    def kill() -> None:
+        _wait_until(lambda: client.run_on_scheduler(given), seconds=60)
+        time.sleep(0.5)
+        os.kill(pid, 9)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
 def _running(client: Client) -> int:
     """Tasks of daggc that the scheduler still has to run, or runs."""
 
@@ -121,7 +139,7 @@ def test_a_worker_killed_in_mid_run(victim: str) -> None:
     with processes(2) as client:
         compiled = daggc.compile(Slow(), client=client, stages=2)
         address = compiled._pool.addresses[victim]
-        thread = _kill_soon(client, address, 1.5 if victim == "cpu:0" else 3.5)
+        thread = _kill_at_work(client, address)
         start = time.monotonic()
         with pytest.raises(WorkerLostError, match=rf"worker {victim} \({address}\) is gone"):
             compiled(torch.ones(3))
