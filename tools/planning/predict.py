@@ -59,7 +59,7 @@ TWO: dict[str, Sequence[dict[str, Any]]] = {
     "resnet bn": ({"microbatches": 2, "replicas": 2}, {"microbatches": 4}),
     "lstm": ({"microbatches": 4}, {"microbatches": 2, "replicas": 2}),
     "towers": ({}, {"partition": "line"}),
-    "branches": ({}, {"microbatches": 2, "replicas": 2}),
+    "branches": ({}, {"partition": "line"}, {"microbatches": 2, "replicas": 2}),
 }
 THREE: dict[str, Sequence[dict[str, Any]]] = {
     "gpt": ({"microbatches": 8}, {"microbatches": 6, "replicas": 3}),
