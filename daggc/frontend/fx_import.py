@@ -35,11 +35,12 @@ _WRONG_STATISTICS = (
     torch.ops.aten._native_batch_norm_legit_functional.default,
     torch.ops.aten._batch_norm_with_update_functional.default,
 )
-_CONSTANT_STATISTICS = (
-    *_WRONG_STATISTICS,
-    torch.ops.aten._native_batch_norm_legit.no_stats,
-    torch.ops.aten.native_layer_norm.default,
-)
+_CONSTANT_RESULTS: dict[Any, tuple[int, ...]] = {  # op -> which of its results have no gradient in torch
+    **dict.fromkeys(_WRONG_STATISTICS, (1, 2)),
+    torch.ops.aten._native_batch_norm_legit.no_stats: (1, 2),
+    torch.ops.aten.native_layer_norm.default: (1, 2),
+    torch.ops.aten.native_group_norm.default: (1, 2),
+}
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")  # the shapes are static and checked by us
 
 
@@ -207,15 +208,15 @@ class _Importer:
         _refuse_data_dependent(node)
         start = len(self.b.nodes)
         results = self.portable(target, args, kwargs)
-        if results is None or not all(map(has_rule, self.b.nodes[start:])):
+        if results is None or _lacks_one(node, results) or not all(map(has_rule, self.b.nodes[start:])):
             results = self.torch_call(node, target)
         self.check(node, results)
         return results
 
     def item(self, source: Any, results: Any, index: int) -> Any:
-        """One output of an op; statistics of a batch or layer have no gradient in torch."""
+        """One output of an op; some, such as the statistics of a layer, have no gradient in torch."""
         value = results[index]
-        if isinstance(value, Value) and index in (1, 2) and source.target in _CONSTANT_STATISTICS:
+        if isinstance(value, Value) and index in _CONSTANT_RESULTS.get(source.target, ()):
             return self.b.emit("stop_gradient", value)
         return value
 
@@ -348,6 +349,12 @@ def _refuse_data_dependent(node: fx.Node) -> None:
                     *provenance(node),
                 )
             )
+
+
+def _lacks_one(node: fx.Node, results: Any) -> bool:
+    """Whether the graph reads a result that the portable op does not give."""
+    read = [user.args[1] for user in node.users if user.target is operator.getitem and user.users]
+    return any(results[index] is None for index in read)
 
 
 def _refuse_strides(node: fx.Node) -> None:

@@ -353,7 +353,7 @@ register(
         lower=lambda node, args: f"torch.linalg.det({args[0]})",
         aten={
             **dict.fromkeys(("linalg_det.default", "det.default"), lambda b, x: b.emit("det", x)),
-            "_linalg_det.default": lambda b, x: (b.emit("det", x), *lu_factor(b, x)[:2]),
+            "_linalg_det.default": lambda b, x: (b.emit("det", x), None, None),  # torch factors x or its transpose
         },
         samples=(Sample((Arg(t(2, 3, 3), "regular"),)),),
     )
@@ -399,7 +399,7 @@ register(
         lower=lambda node, args: f"torch.linalg.slogdet({args[0]})",
         aten={
             **dict.fromkeys(("linalg_slogdet.default", "slogdet.default"), _import_slogdet),
-            "_linalg_slogdet.default": lambda b, x: (*b.emit_many("slogdet", x), *lu_factor(b, x)[:2]),
+            "_linalg_slogdet.default": lambda b, x: (*b.emit_many("slogdet", x), None, None),  # likewise
             "logdet.default": _import_logdet,
         },
         samples=(Sample((Arg(t(2, 3, 3), "regular"),)),),

@@ -326,6 +326,9 @@ def terms_of_norm(op: str, operands: Sequence[np.ndarray], results: Sequence[np.
 
 def autograd(graph: Graph, inputs: Arrays, cotangents: Arrays, wrt: Sequence[str]) -> dict[str, np.ndarray] | str:
     """Gradients of the generated code by torch, by ref; or why there are none."""
+    read = {value.name for node in graph.walk() for value in node.inputs} | {p.value.name for p in graph.outputs}
+    if any(value.name in read for node in graph.walk() if node.op in NORMS for value in node.outputs[1:]):
+        return "torch takes a norm's statistics for constants"
     leaves = {port.ref: to_tensor(inputs[port.ref]).requires_grad_(port.ref in wrt) for port in graph.inputs}
     try:
         outputs = compile_graph(graph).function(torch.device("cpu"), *leaves.values())
