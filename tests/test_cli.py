@@ -199,7 +199,7 @@ def test_a_step_is_simulated_on_the_devices_of_a_file(tmp_path: Path) -> None:
     text = succeed(*arguments, "-o", out, "--timeline", picture)
     assert "Considered" in text and "2 microbatches" in text and "chosen" in text and "makespan" in text
     assert json.loads(out.read_text())["makespan_us"] > 0
-    assert "F0" in picture.read_text()
+    assert "FB0.0" in picture.read_text()
     fixed = succeed(*arguments, "--microbatches", "4", "--schedule", "gpipe", "--replicas", "1")
     assert "step of 4 microbatches" in fixed
     refused = call(*arguments, "--microbatches", "none")

@@ -40,7 +40,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert len(list((out / "ir").iterdir())) == 10
     page = (out / "timeline.html").read_text()
     assert page.count("<h2>") == 2
-    assert "F1.0" in page
+    assert "FB1.0" in page
     assert len((out / "sample.txt").read_text()) > 400
 
 

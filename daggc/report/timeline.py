@@ -25,6 +25,7 @@ _NUMBER = 10.0  # the width of a bar that has room for its microbatch's number; 
 PHASES = {
     "forward": "#4c7ee0",
     "backward": "#d9624f",
+    "forward_backward": "#a3568f",
     "weight_grad": "#e0a03b",
     "update": "#4fa66a",
     "transfer": "#8d7bc9",

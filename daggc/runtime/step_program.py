@@ -22,6 +22,7 @@ from daggc.passes.vjp import differentiate, simplify
 from daggc.plan.automatic import AUTO, Choice, Tried, possible, take_best
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
+from daggc.plan.fuse import fused
 from daggc.plan.outline import outline
 from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
@@ -190,16 +191,18 @@ class StepBuilder:
         plan = self._plan(batch, choice, captured.program, rewritten[sizes[0]].forward)
         parts = {size: self._part(batch, micro, plan, choice) for size, micro in rewritten.items()}
         devices = [self._replicas_of(stage.device, choice.replicas) for stage in plan.stages]
-        step = step_graph(
-            parts,
-            sizes,
-            groups,
-            devices,
-            schedule=choice.schedule,
-            clip=clip,
-            chain_buffers=analysis is not None and not analysis.result.exact,
-            donate=True,
-            times=stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster),
+        step = fused(
+            step_graph(
+                parts,
+                sizes,
+                groups,
+                devices,
+                schedule=choice.schedule,
+                clip=clip,
+                chain_buffers=analysis is not None and not analysis.result.exact,
+                donate=True,
+                times=stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster),
+            )
         )
         held = {f"constant:{name}": tensor for name, tensor in captured.constants.items()}
         return StepProgram(step, plan, self.cluster, None, sizes, held, captured.assigned)

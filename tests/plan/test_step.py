@@ -25,6 +25,7 @@ from daggc.passes.microbatch import microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify, vjp
 from daggc.plan.bodies import Group
 from daggc.plan.device import cluster_of, cpu_device
+from daggc.plan.fuse import fused
 from daggc.plan.outline import outline
 from daggc.plan.part import Part, Step
 from daggc.plan.schedule import split_batch
@@ -217,7 +218,48 @@ def assert_equals_plain(build, batch, microbatches, stages, groups, step_number=
     assert set(got) == set(wanted)
     for ref, array in wanted.items():
         np.testing.assert_allclose(got[ref], array, rtol=1e-9, atol=1e-12, err_msg=ref)
+    for ref, array in run(fused(step), arrays).items():
+        np.testing.assert_array_equal(got[ref], array, err_msg=ref)
     return step
+
+
+def tasks_on(step: Step, device: str) -> list[str]:
+    return [n.attrs["task"] for n in step.graph.nodes if n.op == "call" and n.attrs["device"] == device]
+
+
+def test_a_forward_and_its_backward_are_one_task_where_nothing_comes_between():
+    groups = GROUPS["adamw"](mlp)
+    step = step_of(mlp, 8, 4, 2, groups)
+    together = fused(step)
+    assert tasks_on(together, "cpu:0") == tasks_on(step, "cpu:0")  # the first stage waits for the second
+    assert tasks_on(together, "cpu:1") == ["FB1.0", "FB1.1", "FB1.2", "FB1.3", "loss", "U1"]
+    waits = {n.attrs["task"]: n.attrs.get("after", ()) for n in together.graph.nodes if n.op == "call"}
+    assert waits["FB1.1"] == ("FB1.0",)
+    names = set(together.program.graphs)
+    assert {"stage1.forward_backward", "stage1.forward_backward.add"} <= names
+    assert not {"stage1.forward", "stage1.backward", "stage1.backward.add"} & names
+    moved = [node.output.type.nbytes for node in together.graph.nodes if node.op == "transfer"]
+    assert moved == [node.output.type.nbytes for node in step.graph.nodes if node.op == "transfer"]
+    assert parse(print_program(together.program)) == together.program
+
+
+def test_on_one_device_every_microbatch_is_one_task():
+    together = fused(step_of(mlp, 8, 4, 1, GROUPS["sgd"](mlp)))
+    assert tasks_on(together, "cpu:0") == ["FB0.0", "FB0.1", "FB0.2", "FB0.3", "loss", "U0"]
+    (body,) = (together.program[name] for name in ("stage0.forward_backward",))
+    kinds = {port.kind for port in body.outputs}
+    assert "residual" not in kinds  # they live and die inside
+
+
+def test_schedules_that_part_them_are_left_as_they_are():
+    step = step_of(mlp, 8, 4, 2, GROUPS["sgd"](mlp), schedule="gpipe")
+    assert tasks_on(fused(step), "cpu:1") == tasks_on(step, "cpu:1")
+
+
+def test_a_result_that_another_device_waits_for_is_not_held_up():
+    """What stage 0 makes is sent on: its backward, though next but one on its device, stays a task of its own."""
+    step = step_of(mlp, 4, 1, 3, GROUPS["sgd"](mlp), ["cpu:0", "cpu:1", "cpu:0"])
+    assert tasks_on(fused(step), "cpu:0") == ["F0.0", "FB2.0", "B0.0", "U0"]
 
 
 @pytest.mark.parametrize("build", [mlp, attention])

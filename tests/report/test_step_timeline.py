@@ -21,9 +21,9 @@ def test_tasks_of_a_step() -> None:
     names = [node.attrs["task"] for node in step.graph.nodes if node.op == "call"]
     spans = predicted_spans(predict(step, cluster))
     assert [span.name for span in spans] == names
-    assert {span.phase for span in spans} >= {"forward", "backward", "update"}
+    assert {span.phase for span in spans} >= {"forward_backward", "update"}
     assert {span.device for span in spans} == {"cpu:0"}
-    records = {"cpu:0": [SimpleNamespace(name="F0.0", microbatch=0, start=5.0, end=6.0)]}
+    records = {"cpu:0": [SimpleNamespace(name="FB0.0", microbatch=0, start=5.0, end=6.0)]}
     (measured,) = measured_spans(step, records)  # pyright: ignore[reportArgumentType]  # looks like a Record
-    assert (measured.phase, measured.microbatch, measured.end) == ("forward", 0, 6.0)
+    assert (measured.phase, measured.microbatch, measured.end) == ("forward_backward", 0, 6.0)
     assert "predicted makespan" in step_timeline(step, cluster, records)  # pyright: ignore[reportArgumentType]

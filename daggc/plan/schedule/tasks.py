@@ -9,6 +9,7 @@ from daggc.errors import PlanError
 
 FORWARD, BACKWARD, WEIGHT_GRAD = "forward", "backward", "weight_grad"
 PHASES = (FORWARD, BACKWARD, WEIGHT_GRAD)
+FORWARD_BACKWARD = "forward_backward"  # of a call that runs both, of one microbatch; in no schedule
 _LETTERS = {FORWARD: "F", BACKWARD: "B", WEIGHT_GRAD: "W"}
 
 Feeds = tuple[tuple[int, ...], ...]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from daggc.plan.schedule.tasks import BACKWARD, FORWARD, WEIGHT_GRAD
+from daggc.plan.schedule.tasks import FORWARD_BACKWARD, PHASES
 from daggc.plan.simulate.jobs import Timed
 from daggc.plan.simulate.memory import Memory
 
-_PHASES = (FORWARD, BACKWARD, WEIGHT_GRAD)
+_PHASES = (*PHASES, FORWARD_BACKWARD)
 
 
 @dataclass(frozen=True)
