@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from daggc.plan.request import plan_on as plan  # noqa: F401  # the public name
     from daggc.runtime.calibrate import calibrate as calibrate
     from daggc.runtime.compile import compile as compile
+    from daggc.runtime.doctor import doctor as doctor
 
 
 def __getattr__(name: str) -> Any:

@@ -66,6 +66,7 @@ _ELSEWHERE = {
     "calibrate": "daggc.runtime.calibrate",
     "capture": "daggc.frontend.export",
     "compile": "daggc.runtime.compile",
+    "doctor": "daggc.runtime.doctor",
     "opaque": "daggc.frontend.opaque",
     "trace": "daggc.frontend.export",
     "weights_of": "daggc.frontend.export",

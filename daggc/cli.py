@@ -29,6 +29,7 @@ from daggc.plan.schedule import SCHEDULES
 from daggc.report import stages, tasks, text
 from daggc.report.devices import cluster_text
 from daggc.report.diff import diff_programs
+from daggc.report.doctor import doctor_table
 from daggc.report.dot import to_dot
 from daggc.report.mermaid import to_mermaid
 from daggc.report.picture import picture
@@ -279,6 +280,28 @@ def calibrate(workers: int, scheduler: str | None, fresh: bool, out: Path | None
     click.echo(cluster_text(cluster))
     if out is not None:
         out.write_text(json.dumps(cluster.to_json()) + "\n")
+
+
+@main.command()
+@click.option("--workers", default=0, show_default=True, help="Start this many worker processes and look at them.")
+@click.option("--scheduler", help="Address of a running Dask scheduler; with neither, look at this machine.")
+@click.option("--seconds", default=20.0, show_default=True, help="To wait for each answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print plain data.")
+@click.pass_context
+def doctor(ctx: click.Context, workers: int, scheduler: str | None, seconds: float, as_json: bool) -> None:
+    """Check how a Dask cluster is set up, and print the settings it lacks; exit status 1 if something is bad."""
+    from daggc.runtime.doctor import doctor as diagnose
+    from daggc.runtime.local_workers import workers_for
+
+    with workers_for(workers, scheduler) as client:
+        diagnosis = diagnose(client, seconds=seconds)
+    if as_json:
+        click.echo(json.dumps(diagnosis.to_json(), indent=1))
+    else:
+        _show(doctor_table(diagnosis))
+        if diagnosis.yaml:
+            click.echo(f"Dask's configuration, where workers and scheduler are started:\n\n{diagnosis.yaml}", nl=False)
+    ctx.exit(1 if diagnosis.level == "bad" else 0)
 
 
 @main.command()

@@ -42,7 +42,12 @@ TORCH = (
     "daggc/backend/serializers.py",
     "daggc/runtime/",
 )
-DASK = ("daggc/backend/dask_graph.py", "daggc/backend/serializers.py", "daggc/runtime/")
+DASK = (
+    "daggc/backend/dask_graph.py",
+    "daggc/backend/dask_submission.py",
+    "daggc/backend/serializers.py",
+    "daggc/runtime/",
+)
 # Imports inside functions, and why they stand there.
 LATE = {
     "daggc/__init__.py": "names are resolved when first used",

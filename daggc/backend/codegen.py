@@ -19,6 +19,7 @@ from typing import cast
 import torch
 
 from daggc.backend import kernels
+from daggc.backend.inplace import in_place, written
 from daggc.errors import DaggcError, IRError, RunError, located
 from daggc.ir.graph import Graph, Node, Value
 from daggc.ops import REGISTRY
@@ -68,11 +69,15 @@ _CACHE: OrderedDict[str, Compiled] = OrderedDict()
 _CACHE_SIZE = 1024  # functions kept in one process, the latest used
 
 
-def compile_graph(graph: Graph) -> Compiled:
-    """The function of a graph; graphs of one structure share it."""
-    key = graph.structure()
+def compile_graph(graph: Graph, donated: Sequence[int] = ()) -> Compiled:
+    """The function of a graph; graphs of one structure share it.
+
+    Args:
+        donated: positions of inputs that the function may overwrite; see :func:`daggc.backend.inplace.in_place`.
+    """
+    key = graph.structure() + "".join(f" {at}" for at in donated)
     if key not in _CACHE:
-        source = generate(graph)
+        source = generate(graph, donated)
         filename = f"<daggc {graph.name} {key}>"
         scope: dict[str, object] = {"torch": torch, "kernels": kernels}
         exec(compile(source, filename, "exec"), scope)
@@ -86,17 +91,18 @@ def compile_graph(graph: Graph) -> Compiled:
     return _CACHE[key]
 
 
-def generate(graph: Graph) -> str:
+def generate(graph: Graph, donated: Sequence[int] = ()) -> str:
     """The Python source of a graph: ``def name(device, *inputs)`` that returns a tuple.
 
-    Graphs inside its nodes are functions of their own, defined before it.
+    Graphs inside its nodes are functions of their own, defined before it. Inputs are not changed, but those at the
+    positions ``donated``.
     """
     functions: list[str] = []
-    _generate(graph, _function_name(graph), functions)
+    _generate(graph, _function_name(graph), functions, donated)
     return "\n\n".join(functions)
 
 
-def _generate(graph: Graph, function: str, functions: list[str]) -> None:
+def _generate(graph: Graph, function: str, functions: list[str], donated: Sequence[int] = ()) -> None:
     """Append the source of a graph's function, after those of the graphs inside."""
     inner: dict[int, list[str]] = {}
     for index, node in enumerate(graph.nodes):
@@ -105,12 +111,16 @@ def _generate(graph: Graph, function: str, functions: list[str]) -> None:
             _generate(nested, inner[index][-1], functions)
     names = _names(graph, {name for nested in inner.values() for name in nested})
     last_use = _last_uses(graph)
+    into = in_place(graph, {graph.inputs[at].value.name for at in donated})
     parameters = ", ".join(["device", *(names[port.value.name] for port in graph.inputs)])
     lines = [f"def {function}({parameters}):"]
     for index, node in enumerate(graph.nodes):
         op = REGISTRY[node.op]
         _refuse_code(node)
-        expression = op.lower(node, [*inner.get(index, ()), *(names[value.name] for value in node.inputs)])
+        arguments = [*inner.get(index, ()), *(names[value.name] for value in node.inputs)]
+        expression = op.lower(node, arguments)
+        if index in into:
+            expression = written(node, arguments, expression)
         targets = ", ".join(names[value.name] for value in node.outputs)
         if len(node.outputs) == 1 and expression.startswith("("):
             expression = expression.strip()

@@ -5,7 +5,7 @@ The result of a call is the tuple of its outputs. It stays on its worker, with t
 of their program, not the program. Everything here is a function of its arguments: the same graph and token
 give the same tasks, whatever the hash seed.
 
-This is the only file that knows Dask's task classes (``dask._task_spec`` is private to Dask).
+This and ``dask_submission.py`` are the only files that know Dask's task classes (``dask._task_spec`` is private).
 """
 
 from __future__ import annotations

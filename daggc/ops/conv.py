@@ -202,10 +202,13 @@ def _weight_grad_vjp(b: Builder, node: Node, cts: Sequence[Value | None]) -> Seq
 
 
 def _conv_cost(x: TensorType, weight: TensorType, y: TensorType, node: Node) -> Cost:
-    """A multiplication and an addition for each weight at each of its positions; the same for all three ops."""
+    """A multiplication and an addition for each weight at each of its positions; the same for all three ops.
+
+    oneDNN copies what it reads and writes into blocked layouts.
+    """
     small = x if node.attrs["transposed"] else y
     flops = 2 * small.numel * weight.numel / max(1, small.shape[1])
-    return Cost(flops, node_bytes(node), "conv")
+    return Cost(flops, node_bytes(node), "conv", float(x.nbytes + y.nbytes))
 
 
 def _cost(node: Node) -> Cost:

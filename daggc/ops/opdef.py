@@ -47,11 +47,15 @@ HOLOMORPHIC = ComplexRule.HOLOMORPHIC
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What running a node takes. ``op_class``: gemm, conv, attention, reduction, elementwise, view, opaque."""
+    """What running a node takes. ``op_class``: gemm, conv, attention, reduction, elementwise, view, opaque.
+
+    ``workspace``: bytes that its kernel allocates beside its results, where they count.
+    """
 
     flops: float
     bytes: float
     op_class: str
+    workspace: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,12 +111,20 @@ def _axes(node: Node) -> Axes:
 
 
 def _cost(products: int, first: int) -> Callable[[Node], Cost]:
-    """``products`` times the FLOPs of the forward, whose x is input ``first`` (and one more for an lstm)."""
+    """``products`` times the FLOPs of the forward, whose x is input ``first`` (and one more for an lstm).
+
+    What its kernels allocate was measured: the backward keeps each gate of each step, and what is made of it.
+    """
 
     def cost(node: Node) -> Cost:
-        x = node.inputs[first + (first > 0 and node.attrs["cell"] == "lstm")].type
+        lstm = node.attrs["cell"] == "lstm"
+        x, h = (node.inputs[first + (first > 0 and lstm) + place].type for place in (0, 1))
         weights = sum(value.type.numel for value in node.inputs if value.type.rank == 2)
-        return Cost(2.0 * products * x.shape[0] * x.shape[1] * weights, node_bytes(node), "gemm")
+        gates = GATES[str(node.attrs["cell"])]
+        results = float(x.shape[0] * h.nbytes)
+        own = sum(value.type.nbytes for value in node.inputs[first:] if value.type.rank == 2)
+        workspace = 3 * (gates + 1) * results + 2 * own if first else (1 if lstm else gates + 1) * results + own
+        return Cost(2.0 * products * x.shape[0] * x.shape[1] * weights, node_bytes(node), "gemm", workspace)
 
     return cost
 

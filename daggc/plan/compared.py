@@ -47,7 +47,8 @@ class Comparison:
     Attributes:
         step: predicted seconds of a step; ``measured_step``: the median from the end of one step to that of the
             next, None with fewer than two steps.
-        moved: bytes that a step moves between devices.
+        moved: bytes that a step moves between devices; ``measured_moved``: of tensors, sent by workers. What goes to
+            one worker twice is sent once; the loss goes to the client.
         memory: by device, predicted bytes at most; ``measured_memory``: what its process held more than before the
             state was put there, at most, where that could be told.
     """
@@ -58,6 +59,7 @@ class Comparison:
     moved: int
     memory: Mapping[str, float]
     measured_memory: Mapping[str, float]
+    measured_moved: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -71,9 +73,12 @@ class Comparison:
         for device, peak in self.memory.items():
             found = self.measured_memory.get(device)
             measured, ratio = (nbytes(found), _ratio(found, peak)) if found is not None else ("", "")
-            lines.append(("memory", device, nbytes(peak), measured, ratio, ""))
+            lines.append(("memory at most", device, nbytes(peak), measured, ratio, ""))
+        sent = self.measured_moved
+        measured, ratio = ("", "") if sent is None else (nbytes(sent), _ratio(sent, self.moved))
+        lines.append(("a step sends", "", nbytes(self.moved), measured, ratio, ""))
         heads = ("task", "device", "predicted", "measured", "ratio", "runs")
-        return "\n".join([*table(heads, lines), f"a step moves {self.moved:,} bytes between devices", ""])
+        return "\n".join([*table(heads, lines), ""])
 
 
 def _ratio(measured: float, predicted: float) -> str:
@@ -85,12 +90,13 @@ def compare(
     records: Mapping[str, Sequence[Record]],
     moved: int,
     measured_memory: Mapping[str, float] | None = None,
+    measured_moved: float | None = None,
 ) -> Comparison:
     """Compare a simulation with the records of steps.
 
     Args:
         records: by device, as ``TrainStep.records()`` gives them.
-        moved: bytes of all transfers.
+        moved: bytes of all transfers; ``measured_moved``: of tensors that a step sent.
     """
     expected: dict[tuple[str, str], list[float]] = {}
     for task in predicted.tasks:
@@ -106,8 +112,9 @@ def compare(
         Row(*key, median(times), median(found[key]), len(found[key])) for key, times in expected.items() if key in found
     ]
     return Comparison(
-        tuple(rows), predicted.makespan, _between(ends), moved, predicted.peaks, dict(measured_memory or {})
-    )
+        tuple(rows), predicted.makespan, _between(ends), moved, predicted.peaks, dict(measured_memory or {}),
+        measured_moved,
+    )  # fmt: skip
 
 
 def _kind(name: str) -> str:

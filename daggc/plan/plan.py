@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,6 +144,8 @@ def plan_model(
     microbatches: int = 1,
     partition: str = "auto",
     remat: str = "none",
+    turns: Sequence[int] | None = None,
+    in_flight: int | None = None,
 ) -> Plan:
     """Differentiate a captured program, cut it into stages, and place their tasks.
 
@@ -158,6 +160,8 @@ def plan_model(
         microbatches: that a step will be made of; see :func:`~daggc.plan.partition.partition`.
         partition: ``line``, ``list`` or ``auto``; see :func:`~daggc.plan.partition.partition`.
         remat: what the backward computes again; see :func:`~daggc.plan.recomputation.recomputing`.
+        turns: the device of each stage, by its index in the cluster, in place of ``stages``.
+        in_flight: the most microbatches of which a device holds residuals; by default what 1F1B holds.
 
     Raises:
         PlanError: nothing fits the devices, or a pin cannot be kept.
@@ -177,6 +181,8 @@ def plan_model(
         pins=pins,
         microbatches=microbatches,
         how=partition,
+        turns=turns,
+        in_flight=in_flight,
     )
     joint = recomputing(joint, forward, remat, cut.stage_of)
     main, bodies = outline(joint, forward, cut.stage_of, split_backward=split_backward)
@@ -189,7 +195,7 @@ def plan_model(
     return Plan(
         program=planned,
         cluster=cluster,
-        stages=_stages(cut, cluster, microbatches),
+        stages=_stages(cut, cluster, min(microbatches, in_flight or microbatches)),
         stage_of=cut.stage_of,
         joint=joint,
         main=main,

@@ -60,6 +60,13 @@ def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a loader's batch is for a model: a dict its keywords, a tuple or list its arguments, else the only one."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+
+
 def read_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
     """Take a batch apart: every tensor whose axis 0 is as long as the first tensor's is cut along it.
 

@@ -14,6 +14,7 @@ from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor, LocalExecutor
 from daggc.runtime.module import CompiledModule
 from daggc.runtime.pool import current_client, pool_of
+from daggc.runtime.shipping import Shipments
 
 
 def compile(
@@ -53,8 +54,9 @@ def compile(
             )
         return CompiledModule(model, LocalExecutor, None)
     pool = measured_pool(pool_of(client, devices))
+    shipments = Shipments()
 
     def make_executor(program: Program, wrt: Sequence[str] | None) -> Executor:
-        return DaskExecutor(program, wrt, pool, stages=stages, pins=pins, split_backward=split_backward)
+        return DaskExecutor(program, wrt, pool, shipments, stages=stages, pins=pins, split_backward=split_backward)
 
     return CompiledModule(model, make_executor, pool)

@@ -1,7 +1,7 @@
 """Runs a program's forward and backward as Dask tasks, for ``compile``, ``lazy`` and ``vjp``.
 
-The client has the parameters; those that changed since the last run (by autograd's version counter) are
-shipped to the worker that uses them. Residuals stay in the results of forward tasks, on their workers.
+The client has the parameters; those that changed since the last run are shipped to the worker that uses them
+(:mod:`daggc.runtime.shipping`). Residuals stay in the results of forward tasks, on their workers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import uuid
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +19,14 @@ from distributed import Future
 from daggc.backend.dask_graph import Emission, Found, Source, add_collection, add_data, emit
 from daggc.errors import WorkerLostError
 from daggc.frontend.opaque import registered
-from daggc.ir.graph import Port, Program
+from daggc.ir.graph import Program
 from daggc.ir.printer import print_program
 from daggc.plan.device import cluster_of, cpu_device
 from daggc.plan.plan import Plan, plan_model
 from daggc.runtime.devices import device_of
-from daggc.runtime.executor import Tensors, places_of_reads
+from daggc.runtime.executor import Tensors
 from daggc.runtime.pool import Pool
+from daggc.runtime.shipping import Copies, Shipments, add_inputs
 from daggc.runtime.worker import know, run_task, unknow
 
 RESULTS = ("output", "buffer", "grad", "input", "attribute")  # kinds of outputs that come back from the workers
@@ -58,6 +58,19 @@ def new_token() -> str:
 
 
 @dataclass
+class Inputs:
+    """Where the inputs of a run are.
+
+    Attributes:
+        sources: by ref.
+        futures: keep them for as long as a graph that reads the inputs may be submitted.
+    """
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    futures: list[Future] = field(default_factory=list)
+
+
+@dataclass
 class Residuals:
     """What a forward run left on the workers; alive as long as this object."""
 
@@ -65,56 +78,49 @@ class Residuals:
     futures: list[Future]
 
 
-@dataclass
-class _Shipped:
-    """The model's tensors on one worker: which futures hold them, and of which version they are."""
+class Run:
+    """A forward run under way on workers; its results are fetched as soon as they are there."""
 
-    sources: dict[str, Found] = field(default_factory=dict)
-    futures: dict[str, Future] = field(default_factory=dict)
-    stamps: dict[str, _Stamp] = field(default_factory=dict)
+    def __init__(self, pool: Pool, futures: Sequence[Future], wanted: Sequence[Found], device: torch.device) -> None:
+        self._pool, self._futures, self._wanted, self._device = pool, futures, wanted, device
+        self._fetching = pool.fetch(futures)
+        self._fetching.add_done_callback(lambda _: [future.release() for future in futures])
 
+    def outputs(self) -> Tensors:
+        """Wait for the results. Raises what the run raised, or WorkerLostError; nothing goes on then."""
+        try:
+            fetched = self._pool.wait(self._fetching, self._futures)
+        except BaseException:
+            self.cancel()  # a traceback may hold the futures
+            raise
+        results = dict(zip((str(future.key) for future in self._futures), fetched, strict=True))
+        return tuple(_of(results, found).to(self._device) for found in self._wanted)
 
-@dataclass(frozen=True)
-class _Stamp:
-    """What a tensor was when it was shipped.
-
-    Holds the tensor: the next one could otherwise get its address and be taken for it. The version counter does
-    not see writes through ``.data``; where it and the address are unchanged, a checksum tells.
-    """
-
-    tensor: torch.Tensor
-    address: int
-    version: int
-    checksum: int
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> _Stamp:
-        return _Stamp(tensor, tensor.data_ptr(), tensor._version, checksum(tensor))
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        same = tensor is self.tensor and tensor.data_ptr() == self.address and tensor._version == self.version
-        return same and checksum(tensor) == self.checksum
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's elements (about 6 GB/s)."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(plain.view(torch.uint8).numpy().data) if plain.numel() else 0
+    def cancel(self) -> None:
+        """Stop what has not begun, and forget the rest; the fetching ends with its futures."""
+        self._pool.cancel(self._futures)
 
 
 class DaskExecutor:
     """Plans a program for a pool of workers, or for this process's Dask scheduler, and runs it there."""
 
-    def __init__(self, primal: Program, wrt: Sequence[str] | None, pool: Pool | None, **options: Any) -> None:
+    def __init__(
+        self,
+        primal: Program,
+        wrt: Sequence[str] | None,
+        pool: Pool | None,
+        shipments: Shipments | None = None,
+        **options: Any,
+    ) -> None:
+        """``shipments``: of the model's tensors, shared by the executors of its programs."""
         cluster = pool.cluster if pool else cluster_of([cpu_device(0)])
-        inference = wrt is not None and not wrt
-        self.plan: Plan = plan_model(primal, cluster, wrt=wrt, training=not inference, **options)
+        self._inference = wrt is not None and not wrt
+        self.plan: Plan = plan_model(primal, cluster, wrt=wrt, training=not self._inference, **options)
         self.program = self.plan.program
         self.pool = pool
         self.key = program_key(self.program)
-        self._reads = () if inference else places_of_reads(self.program)
-        self._shipped: dict[str, _Shipped] = {}
-        self._copies: dict[str, tuple[_Stamp, torch.Tensor]] = {}
+        self._shipments = shipments or Shipments()
+        self._copies = Copies()
         if pool is None:
             know(self.key, self.program)
             weakref.finalize(self, unknow, self.key)
@@ -123,108 +129,112 @@ class DaskExecutor:
             weakref.finalize(self, pool.forget, self.key)
 
     def forward(self, inputs: Tensors) -> tuple[Tensors, Residuals]:
-        assert self.pool is not None, "without workers the local executor runs"
         token = new_token()
-        emission, sources = self.forward_tasks(inputs, token)
-        wanted = add_collection(emission, self.program.forward, RESULTS, token)
-        kept = [key for key in emission.tasks if key in emission.calls or key.startswith("daggc.in-")]
-        collectors = sorted({found.key for found in wanted.values()})
-        futures = self.pool.submit(emission, [*collectors, *kept])
+        emission, given = self.forward_tasks(inputs, token)
+        # The backward reads what calls made, and inputs.
+        kept = () if self._inference else [key for key in emission.tasks if key in emission.calls or _is_input(key)]
+        run, residuals = self._submit(emission, token, kept, device_of(inputs))
         try:
-            results = dict(zip(collectors, self.pool.gather(futures[: len(collectors)]), strict=True))
+            return run.outputs(), Residuals(given.sources | emission.outputs, [*residuals, *given.futures])
         except BaseException:
-            self.pool.cancel(futures)  # a traceback may hold them; nothing shall go on
+            self._pool.cancel(residuals)
             raise
+
+    def begin(self, inputs: Tensors, held: Inputs) -> Run:
+        """Begin a forward run; ``held``: where the model's own tensors are, by :meth:`place`."""
+        token = new_token()
+        emission, _ = self.forward_tasks(inputs, token, held)
+        return self._submit(emission, token, (), device_of(inputs))[0]
+
+    def _submit(
+        self, emission: Emission, token: str, kept: Sequence[str], device: torch.device
+    ) -> tuple[Run, list[Future]]:
+        """Submit a forward run; the futures of what is kept of it are given too."""
+        wanted = add_collection(emission, self.program.forward, RESULTS, token)
+        collectors = sorted({found.key for found in wanted.values()})
+        futures = self._pool.submit(emission, [*collectors, *kept])
         ports = [port for port in self.program.forward.outputs if port.kind != "residual"]
-        device = device_of(inputs)
-        outputs = tuple(_of(results, wanted[port.ref]).to(device) for port in ports)
-        kept_futures = [*futures[len(collectors) :], *self.held_futures()]
-        return outputs, Residuals(sources | emission.outputs, kept_futures)
+        run = Run(self._pool, futures[: len(collectors)], [wanted[port.ref] for port in ports], device)
+        return run, futures[len(collectors) :]
 
     def backward(self, residuals: Residuals, inputs: Tensors, cotangents: Tensors) -> Tensors:
-        assert self.pool is not None, "without workers the local executor runs"
         token = new_token()
-        emission = self.backward_tasks(residuals.sources, cotangents, token)
+        emission, sent = self.backward_tasks(residuals.sources, cotangents, token)
         wanted = add_collection(emission, self.program.backward, ("grad",), token)
         collectors = sorted({found.key for found in wanted.values()})
-        futures = self.pool.submit(emission, collectors)
+        futures = self._pool.submit(emission, collectors)
+        del sent  # the workers have them for as long as tasks will read them
         try:
-            results = dict(zip(collectors, self.pool.gather(futures), strict=True))
+            results = dict(zip(collectors, self._pool.gather(futures), strict=True))
         except WorkerLostError:
-            self.pool.cancel([*futures, *residuals.futures])  # or Dask would wait for ever to make them again
+            self._pool.cancel([*futures, *residuals.futures])  # or Dask would wait for ever to make them again
             raise
         except BaseException:
-            self.pool.cancel(futures)
+            self._pool.cancel(futures)
             raise
         device = device_of(inputs)
         return tuple(_of(results, wanted[port.ref]).to(device) for port in self.program.backward.outputs)
 
-    def forward_tasks(self, inputs: Tensors, token: str, freeze: bool = False) -> tuple[Emission, dict[str, Source]]:
-        """The tasks of a forward run, and where its inputs are.
+    @property
+    def _pool(self) -> Pool:
+        assert self.pool is not None, "without workers the local executor runs"
+        return self.pool
+
+    def forward_tasks(self, inputs: Tensors, token: str, held: Inputs | None = None) -> tuple[Emission, Inputs]:
+        """The tasks of a forward run, which may come later, and where its inputs are, as they are now.
 
         Args:
-            freeze: the run comes later, and must not see changes of the tensors until then.
+            held: where the model's own tensors are, if they were placed before.
         """
         graph = self.program.forward
-        held: dict[str, dict[str, torch.Tensor]] = {}
-        data = Emission()
-        sources: dict[str, Source] = {}
-        for port, tensor in zip(graph.inputs, inputs, strict=True):
-            device = str(port.value.type.device)
-            if port.kind in HELD and self.pool is not None:
-                held.setdefault(device, {})[port.ref] = tensor
+        given = held or self.place(inputs)
+        sources, data = dict(given.sources), Emission()
+        sent: list[tuple[str, torch.Tensor, str]] = []
+        for number, (port, tensor) in enumerate(zip(graph.inputs, inputs, strict=True)):
+            if port.ref in sources:
+                continue
+            key, device = f"daggc.in-{token}-{number}", str(port.value.type.device)
+            sources[port.ref] = Found(key)
+            if port.kind in HELD:
+                add_data(data, key, self._copies.of(tensor), device)
             else:
-                plain = self._frozen(port, tensor) if freeze else _plain(tensor)
-                sources[port.ref] = add_data(data, f"daggc.in-{token}-{len(sources)}", plain, device)
-        for device, tensors in held.items():
-            sources |= self._ship(device, tensors)
-        return merged(emit(graph, self.key, token, sources, run_task), data), sources
+                sent.append((key, tensor, device))
+        futures = add_inputs(data, self.pool, sent)
+        emission = merged(emit(graph, self.key, token, sources, run_task), data)
+        return emission, Inputs(sources, [*given.futures, *futures])
 
-    def backward_tasks(self, sources: Mapping[str, Source], cotangents: Tensors, token: str) -> Emission:
-        """The tasks of a backward run that reads what a forward run left."""
+    def backward_tasks(
+        self, sources: Mapping[str, Source], cotangents: Tensors, token: str
+    ) -> tuple[Emission, list[Future]]:
+        """The tasks of a backward run that reads what a forward run left, and futures of what was sent for it."""
         graph = self.program.backward
         forward_refs = {port.ref for port in self.program.forward.inputs}
-        given = iter(cotangents)
+        read = {p.ref: sources[p.ref] for p in graph.inputs if p.kind == "residual" or p.ref in forward_refs}
+        given = [port for port in graph.inputs if port.ref not in read]
+        keys = {port.ref: f"daggc.ct-{token}-{number}" for number, port in enumerate(given)}
         data = Emission()
-        inputs: dict[str, Source] = {}
-        for port in graph.inputs:
-            if port.kind == "residual" or port.ref in forward_refs:
-                inputs[port.ref] = sources[port.ref]
-            else:
-                key = f"daggc.ct-{token}-{len(inputs)}"
-                inputs[port.ref] = add_data(data, key, _plain(next(given)), str(port.value.type.device))
-        return merged(emit(graph, self.key, token, inputs, run_task), data)
+        futures = add_inputs(
+            data,
+            self.pool,
+            [(keys[p.ref], ct, str(p.value.type.device)) for p, ct in zip(given, cotangents, strict=True)],
+        )
+        found = {ref: Found(key) for ref, key in keys.items()}
+        return merged(emit(graph, self.key, token, read | found, run_task), data), futures
 
-    def held_futures(self) -> list[Future]:
-        """Futures that a submitted graph refers to: keep them while it may run."""
-        return [future for shipped in self._shipped.values() for future in shipped.futures.values()]
-
-    def _frozen(self, port: Port, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy; of the model's own tensors one for each of their versions."""
-        if port.kind not in HELD:
-            return tensor.detach().clone()
-        known = self._copies.get(port.ref)
-        if known is None or not known[0].fits(tensor):
-            known = self._copies[port.ref] = (_Stamp.of(tensor), tensor.detach().clone())
-        return known[1]
-
-    def _ship(self, device: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Source]:
-        """Send what changed; returns where everything is."""
-        assert self.pool is not None, "only workers are shipped to"
-        shipped = self._shipped.setdefault(device, _Shipped())
-        changed = {
-            ref: _plain(tensor)
-            for ref, tensor in tensors.items()
-            if ref not in shipped.stamps or not shipped.stamps[ref].fits(tensor)
-        }
-        if changed:
-            future = self.pool.scatter(changed, device)
-            shipped.futures[str(future.key)] = future
-            shipped.sources.update((ref, Found(str(future.key), ref)) for ref in changed)
-            shipped.stamps.update((ref, _Stamp.of(tensors[ref])) for ref in changed)
-            used = {found.key for found in shipped.sources.values()}
-            shipped.futures = {key: future for key, future in shipped.futures.items() if key in used}
-        return {ref: shipped.sources[ref] for ref in tensors}
+    def place(self, inputs: Tensors) -> Inputs:
+        """Where on workers the model's own tensors are, of those among the inputs: sent if they are not, or changed."""
+        if self.pool is None:
+            return Inputs()
+        held: dict[str, dict[str, torch.Tensor]] = {}
+        for port, tensor in zip(self.program.forward.inputs, inputs, strict=True):
+            if port.kind in HELD:
+                held.setdefault(str(port.value.type.device), {})[port.ref] = tensor
+        placed = Inputs()
+        for device, tensors in held.items():
+            sources, futures = self._shipments.place(self.pool, device, tensors)
+            placed.sources |= sources
+            placed.futures += futures
+        return placed
 
 
 def merged(emission: Emission, data: Emission) -> Emission:
@@ -234,9 +244,8 @@ def merged(emission: Emission, data: Emission) -> Emission:
     return emission
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without autograd history, as a plain tensor."""
-    return tensor.detach()
+def _is_input(key: str) -> bool:
+    return key.startswith("daggc.in-")
 
 
 def _of(results: Mapping[str, Any], found: Found) -> Any:

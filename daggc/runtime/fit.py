@@ -12,6 +12,7 @@ from distributed import Client
 from torch import nn
 
 from daggc.errors import RunError
+from daggc.runtime.batch import arguments_of
 from daggc.runtime.compile import compile
 from daggc.runtime.train import LazyLoss, TrainStep
 
@@ -111,6 +112,6 @@ def _endless(batches: Batches) -> Iterator[Any]:
         empty = True
         for batch in batches():
             empty = False
-            yield batch if isinstance(batch, Mapping | tuple | list) else (batch,)
+            yield batch if isinstance(batch, Mapping) else arguments_of(batch)[0]
         if empty:
             raise RunError("there are no batches to train on")

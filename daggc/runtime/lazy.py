@@ -14,7 +14,7 @@ from daggc.frontend.dtypes import TO_TORCH, ir_type
 from daggc.frontend.pytree import flatten
 from daggc.ir.graph import Port
 from daggc.ir.tree import Tree
-from daggc.runtime.dask_executor import DaskExecutor, new_token
+from daggc.runtime.dask_executor import DaskExecutor, Inputs, new_token
 from daggc.runtime.thunk import Thunk, join_thunk
 
 if TYPE_CHECKING:  # the module hands itself over; nothing of it is needed here at run time
@@ -31,8 +31,8 @@ def lazy_call(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, 
         inputs = module.inputs(entry, leaves)
     _refuse_writes(entry)
     executor = _dask_executor(entry)
-    emission, _ = executor.forward_tasks(inputs, new_token(), freeze=True)
-    return _result_thunk(entry, executor, emission)
+    emission, given = executor.forward_tasks(inputs, new_token())
+    return _result_thunk(entry, executor, emission, given)
 
 
 def lazy_vjp(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Thunk, Pullback]:
@@ -46,9 +46,9 @@ def lazy_vjp(module: CompiledModule, args: Sequence[Any], kwargs: Mapping[str, A
     inputs = module.inputs(entry, leaves)
     _refuse_writes(entry)
     executor = _dask_executor(entry)
-    emission, sources = executor.forward_tasks(inputs, new_token(), freeze=True)
-    result = _result_thunk(entry, executor, emission)
-    return result, partial(_pull_back, entry, executor, emission, sources | emission.outputs, result.keep)
+    emission, placed = executor.forward_tasks(inputs, new_token())
+    result = _result_thunk(entry, executor, emission, placed)
+    return result, partial(_pull_back, entry, executor, emission, placed.sources | emission.outputs, result.keep)
 
 
 def _refuse_writes(entry: Entry) -> None:
@@ -68,7 +68,7 @@ def _pull_back(
 ) -> tuple[dict[str, Thunk], tuple[Thunk | None, ...]]:
     """The gradients: by parameter name, and one for each tensor among the inputs (None if it has none)."""
     given = _cotangents(entry, executor, cotangent)
-    backward = executor.backward_tasks(sources, given, new_token())
+    backward, sent = executor.backward_tasks(sources, given, new_token())
     emission = Emission(
         tasks=forward.tasks | backward.tasks,
         device=forward.device | backward.device,
@@ -79,7 +79,7 @@ def _pull_back(
     thunks: dict[str, Thunk] = {}
     for port in executor.program.backward.outputs:
         found = backward.outputs[port.ref]
-        thunks[port.target] = join_thunk(emission, [found], _first, executor.pool, keep)
+        thunks[port.target] = join_thunk(emission, [found], _first, executor.pool, (*keep, *sent))
     parameters = {ref.removeprefix("param:"): t for ref, t in thunks.items() if ref.startswith("param:")}
     ports = entry.program.forward.inputs_of("input")
     return parameters, tuple(thunks.get(port.ref) for port in ports)
@@ -101,7 +101,7 @@ def _cotangents(entry: Entry, executor: DaskExecutor, cotangent: Any) -> list[to
             leaf = torch.zeros(type_.shape, dtype=TO_TORCH[type_.dtype])
         if ir_type(leaf) != type_:
             raise RunError(f"the cotangent of {port.target!r} must be a {type_}, got a {ir_type(leaf)}")
-        given.append(leaf.detach().clone())
+        given.append(leaf)
     return given
 
 
@@ -137,11 +137,11 @@ def _keys(tree: Tree) -> tuple[str, ...]:
     return tree.keys or tuple(map(str, range(len(tree.children))))
 
 
-def _result_thunk(entry: Entry, executor: DaskExecutor, emission: Emission) -> Thunk:
+def _result_thunk(entry: Entry, executor: DaskExecutor, emission: Emission, given: Inputs) -> Thunk:
     ports = executor.program.forward.outputs_of("output")
     found: list[Found] = [emission.outputs[port.ref] for port in ports]
     assemble = partial(_rebuild, entry.out_spec.rebuild)
-    return join_thunk(emission, found, assemble, executor.pool, (executor, *executor.held_futures()))
+    return join_thunk(emission, found, assemble, executor.pool, (executor, *given.futures))
 
 
 def _rebuild(rebuild: Callable[[Any], Any], values: list[Any]) -> Any:

@@ -1,4 +1,8 @@
-"""How much memory a worker's process holds, and held at most."""
+"""How much memory a worker's process holds, and held at most.
+
+Counted is what the process has for itself: pages of files, which are the code of libraries, come in as they are
+used, are shared with other processes, and go when memory is short.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,18 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def held_now() -> float:
-    """Bytes that this process holds: resident memory, or what torch has allocated on its GPU."""
+    """Bytes that this process holds: resident memory without files, or what torch has allocated on its GPU."""
     device = own_device()
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))
-    return _status("VmRSS") or _high_water()
+    fields = _status()
+    return fields["VmRSS"] - fields["RssFile"] if fields else _high_water()
 
 
 def start_counting() -> float:
     """From now on :func:`held_at_most` counts; returns what is held now, without what is free but not given back."""
     device = own_device()
-    gc.collect()
-    _give_back()
+    give_back()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -40,7 +44,8 @@ def held_at_most() -> float:
     device = own_device()
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM") or _high_water()
+    fields = _status()
+    return fields["VmHWM"] - fields["RssFile"] if fields else _high_water()
 
 
 def count_again() -> float:
@@ -50,20 +55,26 @@ def count_again() -> float:
     return most
 
 
-def _give_back() -> None:
+def resident_now() -> float:
+    """Bytes that this process has in memory, pages of files too, without what is free: what a limit on it counts."""
+    give_back()
+    return _status().get("VmRSS") or _high_water()
+
+
+def give_back() -> None:
     """Have glibc return free memory to the system; workers are set up to keep it, for speed."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def _status(field: str) -> float:
+def _status() -> dict[str, float]:
+    """Bytes by field; empty on systems that do not have it."""
     if not _STATUS.exists():
-        return 0.0
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return float(line.split()[1]) * 1024
-    return 0.0
+        return {}
+    fields = [line.split() for line in _STATUS.read_text().splitlines() if line.endswith(" kB")]
+    return {field[0].rstrip(":"): float(field[1]) * 1024 for field in fields}
 
 
 def _high_water() -> float:

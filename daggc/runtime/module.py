@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from daggc.runtime.batch import strides_of
 from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor
 from daggc.runtime.lazy import Pullback, lazy_call, lazy_vjp
+from daggc.runtime.mapping import map_batches
 from daggc.runtime.pool import Pool
 from daggc.runtime.thunk import Thunk
 from daggc.runtime.train import TrainStep, train_step
@@ -215,6 +216,31 @@ class CompiledModule(nn.Module):
         """
         return lazy_call(self, args, kwargs)
 
+    def map(self, batches: Iterable[Any], *, in_flight: int | None = None) -> Generator[Any, None, None]:
+        """The model's results for a stream of batches, in order: inference, several batches at a time.
+
+        On workers the batches follow each other through the stages. A batch is read from ``batches`` when one
+        before it has left, so that the stream may be endless; a result is fetched, and forgotten by its worker, as
+        soon as it is there. Parameters are sent once, before the first batch; they must not change meanwhile. Each
+        result is what ``compiled(*batch)`` gives under ``torch.no_grad()``, in the mode (train or eval) that the
+        model is in. A model that leaves something behind for the next call (batch norm in training, attributes
+        that forward sets) takes one batch after another, and so does any model in this process.
+
+        To stop early, leave the loop or ``close()`` the generator: what is under way is cancelled.
+
+        Args:
+            batches: any iterable, such as a ``DataLoader``, of dicts (the model's keywords), tuples or lists (its
+                arguments), or single arguments.
+            in_flight: how many batches may be under way; by default one for each stage, and as many more as keep
+                the stages busy while a result comes back.
+
+        Raises:
+            RunError: ``in_flight`` is below 1, or the compiled module has hooks. While iterating, what a batch
+                raises is raised when it is its turn; the results before it are given, those after it cancelled.
+            WorkerLostError: while iterating: a worker is gone.
+        """
+        return map_batches(self, batches, in_flight)
+
     def vjp(self, *args: Any, **kwargs: Any) -> tuple[Thunk, Pullback]:
         """The model's result as a thunk, and its pullback.
 
@@ -241,6 +267,7 @@ class CompiledModule(nn.Module):
         force_microbatches: bool = False,
         seed: int | None = None,
         threads: int = 0,
+        replan_after: int | None = None,
     ) -> TrainStep:
         """A function that trains the model on one batch: ``loss = step(x, target)``.
 
@@ -272,6 +299,8 @@ class CompiledModule(nn.Module):
             force_microbatches: cut even if samples are mixed (batch norm then normalises each part).
             seed: of random ops; by default drawn from torch's generator.
             threads: torch threads inside a task; 0 leaves what the workers have.
+            replan_after: so many steps after the first of a plan, :meth:`~daggc.runtime.train.TrainStep.replan` is
+                called, once for each plan; None leaves that to you.
 
         Raises:
             RunError: the optimizer is of another class, or has parameters that are not the model's.
@@ -293,6 +322,7 @@ class CompiledModule(nn.Module):
             force_microbatches=force_microbatches,
             seed=seed,
             threads=threads,
+            replan_after=replan_after,
         )
 
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -7,26 +7,35 @@ here looks, twice a second, whether all workers of the pool are still there.
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from concurrent.futures import Future as Running
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import dask
+import torch
 from distributed import Client, Future, default_client
 from distributed.comm.core import CommClosedError
 
 from daggc.backend import serializers  # noqa: F401  # registers how tensors travel, on this side
 from daggc.backend.dask_graph import Emission
+from daggc.backend.dask_submission import packed, submission
 from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
+from daggc.runtime.spans import keep_span_small, span_annotation
+from daggc.runtime.streams import send_at_once
 from daggc.runtime.worker import COMPUTING, Facts, ProgramPlugin, describe, offer_computing, to_own_device
 
 _POLL = 0.5  # seconds between looks at the workers while waiting
 _ANSWER = 20  # seconds within which a scheduler that lives answers
+_REACH = 3  # seconds within which workers answer that this process can connect to
+
+Fetching = Running[Any]  # a coroutine on the client's loop
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Pool:
     client: Any  # a distributed.Client; its declared types are unions of what it gives sync and async
     facts: tuple[Facts, ...]
     cluster: Cluster
+    direct: bool = False  # whether this process reaches the workers without the scheduler
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -57,28 +67,56 @@ class Pool:
         self._require_open()
         addresses = self.addresses
         anywhere = list(addresses.values())
-        workers = {key: addresses[device] for key, device in emission.device.items()}
-        priority = emission.priority
-        computing = {*emission.calls, *(found.key for found in emission.updates.values())}
-        with dask.annotate(
-            workers=lambda key: workers.get(key, anywhere),
-            priority=lambda key: priority.get(key, 0),
-            resources=lambda key: {COMPUTING: 1} if key in computing else {},
-            allow_other_workers=False,
-        ):
-            return self.client.get(emission.tasks, list(keys), sync=False)
+        computing = [*emission.calls, *(found.key for found in emission.updates.values())]
+        tasks = packed(emission.tasks, keys)
+        annotations = {
+            "workers": {
+                key: [addresses[emission.device[key]]] if key in emission.device else anywhere for key in tasks
+            },
+            "priority": {key: emission.priority.get(key, 0) for key in tasks},
+            "resources": {key: {COMPUTING: 1} for key in computing},
+            "span": dict.fromkeys(tasks, span_annotation()),
+        }
+        return self.client.get(submission(tasks, annotations), list(keys), sync=False)
 
-    def scatter(self, tensors: Mapping[str, Any], device: str) -> Future:
+    def scatter(self, tensors: Mapping[str, torch.Tensor], device: str) -> Future:
         """Send a dict of tensors to a device's worker; the future's result is that dict."""
-        self._require_open()
-        if self.client.scheduler is not None and self.client.scheduler.address.startswith("inproc"):
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # workers share our memory
-        try:
-            (future,) = self.client.scatter([dict(tensors)], workers=[self.addresses[device]], hash=False)
-        except (CommClosedError, KeyError, OSError, TimeoutError) as wrong:
-            self.check()  # the worker is gone
-            raise RunError(f"tensors could not be sent to {device}: {type(wrong).__name__}: {wrong}") from wrong
+        key = f"tensors-{uuid.uuid4().hex}"
+        future = self.put({device: {key: dict(tensors)}})[key]
         return self.run_on(device, to_own_device, future) if device.startswith("gpu") else future
+
+    def put(self, data: Mapping[str, Mapping[str, Any]]) -> dict[str, Future]:
+        """Send values to workers, by device and key; all are there when this returns.
+
+        They go straight to their workers where this process can reach them, and not through the scheduler, which
+        would do nothing else meanwhile.
+
+        Raises:
+            WorkerLostError: a worker of the pool is gone.
+            RunError: the values cannot be sent.
+        """
+        self._require_open()
+        if self.client.scheduler.address.startswith("inproc"):
+            data = copy.deepcopy(data)  # workers share our memory
+        sending = asyncio.run_coroutine_threadsafe(self._put(data), self.client.loop.asyncio_loop)
+        try:
+            return self._wait(sending)
+        except DaggcError:
+            raise
+        except (Exception, CancelledError, asyncio.CancelledError) as wrong:
+            self.check()  # a worker is gone
+            time.sleep(_POLL)
+            self.check()  # the scheduler has noticed by now
+            where = ", ".join(data)
+            raise RunError(f"tensors could not be sent to {where}: {type(wrong).__name__}: {wrong}") from wrong
+
+    async def _put(self, data: Mapping[str, Mapping[str, Any]]) -> dict[str, Future]:
+        addresses = self.addresses
+        sent = (
+            self.client._scatter(dict(values), workers=[addresses[device]], hash=False, direct=self.direct)
+            for device, values in data.items()
+        )
+        return {key: future for futures in await asyncio.gather(*sent) for key, future in futures.items()}
 
     def run_on(self, device: str, function: Callable[..., Any], *args: Any) -> Future:
         """Run a function once on a device's worker."""
@@ -95,26 +133,39 @@ class Pool:
             RunError: the scheduler is gone, or ``timeout`` seconds have passed.
             DaggcError: what a task raised.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        fetching = asyncio.run_coroutine_threadsafe(self.client._gather(list(futures)), self.client.loop.asyncio_loop)
+        return self.wait(self.fetch(futures), futures, timeout)
+
+    def fetch(self, futures: Sequence[Future]) -> Fetching:
+        """Fetch results as soon as they are there; :meth:`wait` gives them."""
+        gathering = self.client._gather(list(futures), direct=self.direct)
+        return asyncio.run_coroutine_threadsafe(gathering, self.client.loop.asyncio_loop)
+
+    def wait(self, fetching: Fetching, futures: Sequence[Future], timeout: float | None = None) -> list[Any]:
+        """Wait for results that are being fetched; raises as :meth:`gather`."""
         try:
-            while True:
-                try:
-                    return list(fetching.result(timeout=_POLL))
-                except TimeoutError:
-                    if fetching.done():
-                        raise
-                self.check(futures)
-                if deadline is not None and time.monotonic() > deadline:
-                    self.cancel(futures)
-                    raise RunError(f"{len(futures)} results were not there within {timeout:g} seconds")
+            return list(self._wait(fetching, futures, timeout))
         except DaggcError:
             raise
         except (Exception, CancelledError, asyncio.CancelledError) as wrong:
             self.check(futures)  # KilledWorker and the like: say which worker it was
             raise RunError(f"a task failed on a worker: {type(wrong).__name__}: {wrong}") from wrong
+
+    def _wait(self, running: Fetching, futures: Sequence[Future] = (), timeout: float | None = None) -> Any:
+        """What a coroutine on the client's loop gives; looks meanwhile whether the workers are there."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while True:
+                try:
+                    return running.result(timeout=_POLL)
+                except TimeoutError:
+                    if running.done():
+                        raise
+                self.check(futures)
+                if deadline is not None and time.monotonic() > deadline:
+                    self.cancel(futures)
+                    raise RunError(f"{len(futures)} results were not there within {timeout:g} seconds")
         finally:
-            fetching.cancel()
+            running.cancel()
 
     def check(self, futures: Sequence[Future] = ()) -> None:
         """Raise WorkerLostError if a worker of the pool is gone, RunError if the scheduler is."""
@@ -153,6 +204,9 @@ class Pool:
 def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
     """Ask all workers of a client what they are, and number them as devices.
 
+    From here on daggc uses the cluster: its streams send at once (:mod:`daggc.runtime.streams`), and what is recorded
+    of steps does not grow (:mod:`daggc.runtime.spans`).
+
     Args:
         client: a ``distributed.Client``.
         devices: use only these, by device name (``cpu:0``) or worker name.
@@ -168,6 +222,8 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
         client.run(offer_computing, on_error="raise")
     except (CommClosedError, OSError, TimeoutError) as wrong:
         raise RunError(f"the Dask cluster does not answer: {wrong}") from wrong
+    send_at_once(client)
+    keep_span_small(client)
     if not facts:
         raise RunError("the Dask client has no workers; start some, or wait for them with client.wait_for_workers(n)")
     ordered = sorted(facts.values(), key=lambda fact: (_number(fact.name), fact.name, fact.address))
@@ -185,7 +241,20 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
         missing = ", ".join(sorted(set(devices) - known))
         have = ", ".join(f"{'gpu' if fact.device == 'cuda' else 'cpu'}:{i}" for i, fact in enumerate(ordered))
         raise PlanError(f"there is no device {missing}; the client's workers are {have}")
-    return Pool(client, tuple(fact for _, fact in chosen), cluster_of([device for device, _ in chosen]))
+    direct = client.direct_to_workers
+    if direct is None:
+        direct = client.sync(_reaches, client, [fact.address for _, fact in chosen])
+    return Pool(client, tuple(fact for _, fact in chosen), cluster_of([device for device, _ in chosen]), direct)
+
+
+async def _reaches(client: Any, addresses: Sequence[str]) -> bool:
+    """Whether this process can connect to workers: from outside their network, only the scheduler may be open."""
+    try:
+        async with asyncio.timeout(_REACH):
+            await asyncio.gather(*(client.rpc(address).identity() for address in addresses))
+    except (OSError, TimeoutError):
+        return False
+    return True
 
 
 async def _forget(client: Any, plugin: str) -> None:

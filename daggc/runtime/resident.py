@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -12,14 +13,16 @@ import torch
 from distributed import Future
 from distributed.comm.core import CommClosedError
 
-from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, add_data, emit
+from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, emit
 from daggc.backend.local import run_calls
+from daggc.backend.serializers import take_sent
 from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
 from daggc.runtime.memory import count_again, start_counting
 from daggc.runtime.pool import Pool
+from daggc.runtime.shipping import add_inputs
 from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
 
 RESIDENT = ("param", "buffer", "constant", "state")
@@ -75,6 +78,10 @@ class Home(Protocol):
         """
         ...
 
+    def moved(self) -> float | None:
+        """Bytes of tensors that a step sent from one worker to others, since the last call; None without steps."""
+        ...
+
     def close(self) -> None:
         """Drop the state."""
         ...
@@ -109,8 +116,11 @@ class LocalHome:
         read_later = {value.name for node in updates for value in node.inputs}
         run_calls(program, before, values, wanted | read_later, self.device)
 
+        owned = _alone(values, [port.value.name for port in graph.inputs_of("param")])
+
         def compute() -> dict[str, torch.Tensor]:
-            run_calls(program, updates, values, wanted, self.device)
+            # nobody will ask for the version before this one: parameters are written where they are
+            run_calls(program, updates, values, wanted, self.device, owned)
             return {port.ref: values[port.value.name] for port in graph.outputs if port.kind != "output"}
 
         state.update(self.version, compute)
@@ -132,8 +142,17 @@ class LocalHome:
     def memory(self) -> dict[str, float]:
         return {}
 
+    def moved(self) -> float | None:
+        return None
+
     def close(self) -> None:
         store.drop(self._name)
+
+
+def _alone(values: Tensors, names: Collection[str]) -> set[str]:
+    """Which of the named values lie in memory that none of the others is in."""
+    held = Counter(tensor.untyped_storage().data_ptr() for tensor in values.values())
+    return {name for name in names if name in values and held[values[name].untyped_storage().data_ptr()] == 1}
 
 
 class _Done:
@@ -144,7 +163,7 @@ class _Done:
         return self._outputs
 
 
-_AHEAD = 2  # steps submitted before the first of them has ended
+AHEAD = 2  # steps submitted before the first of them has ended
 _CUT = 16  # steps after which a submission depends on nothing: Dask keeps what a task depends on, and so on
 
 
@@ -170,6 +189,8 @@ class WorkerHome:
         self._after: dict[str, Found] = {}
         self._pending: list[_Submitted] = []
         self._before: dict[str, float] = {}  # device -> bytes that its process held before the first state came
+        self._counted = 0  # the version up to which what was sent is known
+        self._sent = 0.0  # since then, but for what the last count has
         weakref.finalize(self, abandon, pool, self._name, self._shipped)
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
@@ -185,7 +206,9 @@ class WorkerHome:
             own = {ref: tensors[ref].detach() for ref, home in homes.items() if home == device}
             futures.append(self.pool.run_on(device, put_state, self._name, version, self.pool.scatter(own, device)))
         self.pool.gather(futures)
-        self.version = version
+        self.version = self._counted = version
+        self._sent = 0.0
+        self._newly_sent()
 
     def _check(self) -> None:
         if self._broken is not None:
@@ -194,20 +217,25 @@ class WorkerHome:
     def submit(self, program: Program, inputs: Tensors) -> Pending:
         graph = program["step"]
         self._check()
-        while len(self._pending) >= _AHEAD:
-            self._pending[0].outputs()
-        if self.version % _CUT == 0:
-            self.settle()
         key = self._ship(program)
         token = new_token()
         data = Emission()
-        sources: dict[str, Source] = {}
-        for port in graph.inputs:
-            if port.kind in RESIDENT:
-                sources[port.ref] = Resident(port.ref)
-            else:
-                name = f"daggc.in-{token}-{len(sources)}"
-                sources[port.ref] = add_data(data, name, inputs[port.ref].detach(), str(port.value.type.device))
+        sources: dict[str, Source] = {port.ref: Resident(port.ref) for port in graph.inputs_of(*RESIDENT)}
+        given = {port.ref: port for port in graph.inputs if port.ref not in sources}
+        keys = {ref: f"daggc.in-{token}-{number}" for number, ref in enumerate(given)}
+        sources |= {ref: Found(name) for ref, name in keys.items()}
+        # The batch travels while the steps before it run.
+        sent = add_inputs(
+            data, self.pool, [(keys[ref], inputs[ref], str(port.value.type.device)) for ref, port in given.items()]
+        )
+        try:
+            while len(self._pending) >= AHEAD:
+                self._pending[0].outputs()
+            if self.version % _CUT == 0:
+                self.settle()
+        except BaseException:
+            self.pool.cancel(sent)
+            raise
         context = {device: Context(self._name, self.version, self.threads) for device in self.pool.addresses}
         emission = merged(
             emit(
@@ -220,6 +248,7 @@ class WorkerHome:
         collectors = sorted({found.key for found in wanted.values()})
         updates = [found.key for found in emission.updates.values()]
         futures = self.pool.submit(emission, [*collectors, *updates])
+        del sent  # the workers have it for as long as tasks will read it
         self._after = dict(emission.updates)
         self.version += 1
         step = _Submitted(
@@ -287,6 +316,7 @@ class WorkerHome:
     def snapshot(self) -> dict[str, torch.Tensor]:
         self.settle()
         self._check()
+        self._sent += self._newly_sent()
         futures = [
             self.pool.run_on(device, store.snapshot, self._name, self.version)
             for device in sorted(set(self._devices.values()))
@@ -294,6 +324,7 @@ class WorkerHome:
         tensors: dict[str, torch.Tensor] = {}
         for part in self.pool.gather(futures):
             tensors |= part
+        self._newly_sent()  # the state, which no step sends
         return tensors
 
     def records(self) -> dict[str, list[Record]]:
@@ -301,6 +332,14 @@ class WorkerHome:
 
     def memory(self) -> dict[str, float]:
         return {device: most - self._before.get(device, 0.0) for device, most in self._everywhere(count_again).items()}
+
+    def moved(self) -> float | None:
+        steps, self._counted = self.version - self._counted, self.version
+        sent, self._sent = self._sent + self._newly_sent(), 0.0
+        return sent / steps if steps > 0 else None
+
+    def _newly_sent(self) -> float:
+        return sum(self.pool.gather([self.pool.run_on(device, take_sent) for device in self.pool.addresses]))
 
     def _everywhere(self, function: Callable[[], Any]) -> dict[str, Any]:
         """What a function gives on each worker, by device."""

@@ -19,7 +19,7 @@ from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
-from daggc.plan.automatic import AUTO, Choice, Tried, possible, take_best
+from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, take_best
 from daggc.plan.bodies import Group
 from daggc.plan.device import Cluster
 from daggc.plan.fuse import fused
@@ -30,13 +30,15 @@ from daggc.plan.recomputation import recomputing
 from daggc.plan.schedule.tasks import split_batch
 from daggc.plan.simulate import Runtime, Simulation, simulate
 from daggc.plan.step import step_graph
-from daggc.plan.step_order import stage_times
+from daggc.plan.step_order import schedule_of, stage_times
 from daggc.runtime.batch import Batch
-from daggc.runtime.dask_executor import checksum
-from daggc.runtime.resident import RESIDENT
+from daggc.runtime.resident import AHEAD, RESIDENT
+from daggc.runtime.shipping import checksum
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
+_SLACK = 1.2  # bytes that glibc's heap takes for each byte of tensors in it, at the peak of a step
+_PROCESS = 2e6  # bytes that a worker takes to run one more program, beside tensors
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,29 @@ class _Analysis:
     result: Microbatched
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A model cut into stages for microbatches of some sizes.
+
+    Attributes:
+        sizes: samples of each microbatch.
+        parts: by size.
+        devices: of each stage, or of its replicas.
+        times: of the tasks of one microbatch; see :func:`daggc.plan.step_order.stage_times`.
+    """
+
+    sizes: tuple[int, ...]
+    captured: Capture
+    plan: Plan
+    parts: Mapping[int, Part]
+    devices: tuple[tuple[str, ...], ...]
+    times: Mapping[str, Any]
+
+    def options(self, choice: Choice) -> Mapping[str, Any]:
+        """What the order of tasks may depend on."""
+        return self.times if choice.in_flight is None else {**self.times, "memory": choice.in_flight}
+
+
 class StepBuilder:
     """Builds step programs of one model; keeps captures, which are what takes time."""
 
@@ -133,6 +158,7 @@ class StepBuilder:
         self._captures: dict[Any, Capture] = {}
         self._plans: dict[Any, Plan] = {}
         self._analyses: dict[Any, _Analysis] = {}
+        self._joints: dict[int, tuple[Microbatched, Graph]] = {}  # of the batch that is being built for
         self._last: tuple[Batch, Sequence[Group], bool] | None = None
 
     def build(self, batch: Batch, groups: Sequence[Group], clip: bool) -> StepProgram:
@@ -143,9 +169,11 @@ class StepBuilder:
             PlanError: nothing fits the devices.
         """
         self._last = batch, groups, clip
+        self._joints = {}
         wanted = self.options
         analysis = None if wanted.uncut or batch.size == 1 else self._analyse(batch)
         can_cut = analysis is not None and (analysis.result.exact or wanted.force)
+        cuttable = analysis if can_cut else None
         choices = possible(
             len(self.cluster.devices),
             batch.size if can_cut else 1,
@@ -157,12 +185,25 @@ class StepBuilder:
             remat=wanted.remat,
         )
         made: dict[Choice, StepProgram] = {}
+        cuts: dict[Any, _Cut] = {}
+
+        def cut(choice: Choice) -> _Cut:
+            key = replace(choice, schedule=""), choice.turns(self._depth(choice))
+            if key not in cuts:
+                cuts[key] = self._cut(batch, choice, cuttable)
+            return cuts[key]
+
+        def estimated(choice: Choice) -> float:
+            own = cut(choice)
+            main, options = own.parts[own.sizes[0]].main, own.options(choice)
+            schedule = schedule_of(choice.schedule, own.devices, len(own.sizes), main, options)
+            return estimate(schedule, own.times, own.devices, self.cluster)
 
         def simulated(choice: Choice) -> Simulation:
-            made[choice] = self._make(batch, groups, clip, choice, analysis if can_cut else None)
+            made[choice] = self._make(cut(choice), groups, clip, choice, cuttable)
             return made[choice].predicted
 
-        choice, tried = take_best(choices, simulated, self.cluster)
+        choice, tried = take_best(choices, estimated, simulated, self.cluster)
         return replace(made[choice], exactness=analysis.result if analysis else None, tried=tried)
 
     def use(self, cluster: Cluster) -> None:
@@ -178,34 +219,36 @@ class StepBuilder:
         other.use(cluster)
         return other.build(*self._last)
 
-    def _make(
-        self, batch: Batch, groups: Sequence[Group], clip: bool, choice: Choice, analysis: _Analysis | None
-    ) -> StepProgram:
-        """The step as it is chosen; with an analysis the batch may be cut."""
+    def _cut(self, batch: Batch, choice: Choice, analysis: _Analysis | None) -> _Cut:
+        """The model as it is cut for a choice, whatever the order of tasks; with an analysis the batch may be cut."""
         sizes = split_batch(batch.size, min(choice.microbatches, batch.size))
-        if analysis is None:
-            rewritten = {batch.size: whole_batch(self._forward(batch, batch.size), batch)}
-        else:
-            rewritten = {size: self._rewritten(batch, size, analysis) for size in dict.fromkeys(sizes)}
+        forwards = {size: self._differentiated(batch, size, analysis) for size in dict.fromkeys(sizes)}
         captured = self._capture(batch, batch.size if analysis is None else analysis.result.batch)
-        plan = self._plan(batch, choice, captured.program, rewritten[sizes[0]].forward)
-        parts = {size: self._part(batch, micro, plan, choice) for size, micro in rewritten.items()}
-        devices = [self._replicas_of(stage.device, choice.replicas) for stage in plan.stages]
+        plan = self._plan(batch, choice, captured.program, forwards[sizes[0]][0].forward)
+        parts = {size: self._part(batch, *own, plan, choice) for size, own in forwards.items()}
+        devices = tuple(self._replicas_of(stage.device, choice.replicas) for stage in plan.stages)
+        times = stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster)
+        return _Cut(sizes, captured, plan, parts, devices, times)
+
+    def _make(
+        self, cut: _Cut, groups: Sequence[Group], clip: bool, choice: Choice, analysis: _Analysis | None
+    ) -> StepProgram:
+        """The step as it is chosen."""
         step = fused(
             step_graph(
-                parts,
-                sizes,
+                cut.parts,
+                cut.sizes,
                 groups,
-                devices,
+                cut.devices,
                 schedule=choice.schedule,
                 clip=clip,
                 chain_buffers=analysis is not None and not analysis.result.exact,
                 donate=True,
-                times=stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster),
+                times=cut.options(choice),
             )
         )
-        held = {f"constant:{name}": tensor for name, tensor in captured.constants.items()}
-        return StepProgram(step, plan, self.cluster, None, sizes, held, captured.assigned)
+        held = {f"constant:{name}": tensor for name, tensor in cut.captured.constants.items()}
+        return StepProgram(step, cut.plan, self.cluster, None, cut.sizes, held, cut.captured.assigned)
 
     def _analyse(self, batch: Batch) -> _Analysis:
         """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
@@ -234,8 +277,16 @@ class StepBuilder:
             forward = self._forward(batch, size)
         return rewrite_like(forward, analysis.forward, analysis.result)
 
-    def _part(self, batch: Batch, micro: Microbatched, plan: Plan, choice: Choice) -> Part:
-        joint = simplify(differentiate(micro.forward, self._wrt(batch, micro.forward)))
+    def _differentiated(self, batch: Batch, size: int, analysis: _Analysis | None) -> tuple[Microbatched, Graph]:
+        """The forward of one microbatch, and with its backward."""
+        if size not in self._joints:
+            whole = analysis is None
+            micro = whole_batch(self._forward(batch, size), batch) if whole else self._rewritten(batch, size, analysis)
+            joint = simplify(differentiate(micro.forward, self._wrt(batch, micro.forward)))
+            self._joints[size] = micro, joint
+        return self._joints[size]
+
+    def _part(self, batch: Batch, micro: Microbatched, joint: Graph, plan: Plan, choice: Choice) -> Part:
         joint = recomputing(joint, micro.forward, choice.remat, plan.stage_of)
         main, bodies = outline(joint, micro.forward, plan.stage_of, split_backward=choice.split_backward)
         return Part(main, bodies, micro.denominators, batch.batched_names, "0")
@@ -245,23 +296,34 @@ class StepBuilder:
         first = self.cluster.names.index(device)
         return self.cluster.names[first : first + replicas]
 
-    def _first_replicas(self, count: int) -> Cluster:
-        """The devices that a plan for one replica of each stage is made for."""
+    def _first_replicas(self, choice: Choice) -> Cluster:
+        """The devices that a plan for one replica of each stage is made for, with the memory that it may fill."""
+        count = choice.replicas
         if count < 1 or len(self.cluster.devices) < count:
             have = ", ".join(self.cluster.names)
             raise PlanError(f"{count} replicas need as many devices; there are {have}")
         whole = len(self.cluster.devices) // count * count
-        return self.cluster.part(self.cluster.names[:whole:count])
+        own = self.cluster.part(self.cluster.names[:whole:count])
+        rooms = [min(choice.room[first : first + count], default=1.0) for first in range(0, whole, count)]
+        devices = [
+            replace(device, memory=room * device.memory) for device, room in zip(own.devices, rooms, strict=True)
+        ]
+        return replace(own, devices=tuple(devices))
+
+    def _depth(self, choice: Choice) -> int:
+        """How many devices one replica of each stage has."""
+        return len(self.cluster.devices) // choice.replicas
 
     def _plan(self, batch: Batch, choice: Choice, program: Program, forward: Graph) -> Plan:
         """Plans are kept: a batch of another size must leave every parameter where it is."""
         nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
-        key = nodes, tuple(self._wrt(batch, forward)), choice
+        turns = choice.turns(self._depth(choice))
+        key = nodes, tuple(self._wrt(batch, forward)), replace(choice, schedule=""), turns
         if key not in self._plans:
             program = Program({"forward": forward}, provenance=program.provenance)
             self._plans[key] = plan_model(
                 program,
-                self._first_replicas(choice.replicas),
+                self._first_replicas(choice),
                 wrt=self._wrt(batch, forward),
                 stages=choice.stages,
                 pins=self.options.pins,
@@ -269,6 +331,8 @@ class StepBuilder:
                 microbatches=-(-choice.microbatches // choice.replicas),
                 partition=self.options.partition,
                 remat=choice.remat,
+                turns=turns,
+                in_flight=choice.in_flight,
             )
         return self._plans[key]
 
@@ -302,10 +366,12 @@ def runtime_of(cluster: Cluster) -> Runtime:
     """What Dask takes beside the tasks of a step.
 
     Before the first task of a step, its update waits for a task that says that all devices have ended, and the next
-    step waits for the update: two messages.
+    step waits for the update: two messages. What a process holds was measured, on settings as local_workers has them.
     """
     message = median(device.hop for device in cluster.devices)
-    return Runtime(begin=2 * message, message=message, barrier=True, versions=2)
+    return Runtime(
+        begin=2 * message, message=message, barrier=True, versions=2, slack=_SLACK, process=_PROCESS, ahead=AHEAD
+    )  # fmt: skip
 
 
 def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...], State]:

@@ -82,9 +82,13 @@ class Store:
 _STORES: dict[str, Store] = {}
 
 
-def put(name: str, version: int, tensors: Tensors, device: torch.device | str = "cpu") -> int:
-    """Create or replace a store in this process; the tensors are copied to ``device``. Returns the version."""
-    copies = {ref: tensor.detach().to(device, copy=True) for ref, tensor in tensors.items()}
+def put(name: str, version: int, tensors: Tensors, device: torch.device | str = "cpu", copy: bool = True) -> int:
+    """Create or replace a store in this process; the tensors are copied to ``device``. Returns the version.
+
+    Args:
+        copy: False where nobody else has the tensors: those on the device already are taken as they are.
+    """
+    copies = {ref: tensor.detach().to(device, copy=copy) for ref, tensor in tensors.items()}
     _STORES[name] = Store(version, copies)
     return version
 

@@ -79,6 +79,7 @@ class TrainStep:
         max_grad_norm: float | None,
         seed: int | None,
         threads: int,
+        replan_after: int | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -96,6 +97,8 @@ class TrainStep:
         self._steps = 0
         self._counts = Counts(0, {})
         self._current: StepProgram | None = None
+        self._replan_after = replan_after if pool else None  # in this process there is nothing to choose
+        self._same = 0  # steps of the program that ran last
 
     @property
     def steps(self) -> int:
@@ -114,6 +117,9 @@ class TrainStep:
         """
         batch = read_batch(args, kwargs)
         program = self.program(batch)
+        if self._replan_after is not None and program is self._current and self._same == self._replan_after:
+            self.replan()
+            program = self.program(batch)
         self._settle_state(program)
         inputs = self._inputs(program, batch)
         version = self.steps
@@ -121,6 +127,7 @@ class TrainStep:
         self._counts.add(version, program.updated)
         for (path, name), value in program.assigned.items():
             setattr(self.model.get_submodule(path), name, value)
+        self._same = self._same + 1 if program is self._current else 1
         self._current = program
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
         return LazyLoss(pending)
@@ -283,7 +290,8 @@ class TrainStep:
         if self._current is None:
             raise RunError("nothing has run yet: predictions are compared after a few steps")
         self._home.settle()
-        return compare(self._current.predicted, self._home.records(), self._current.moved, self._home.memory())
+        found = self._home.memory(), self._home.moved()
+        return compare(self._current.predicted, self._home.records(), self._current.moved, *found)
 
     def replan(self, steps: int = 1000) -> Replanned:
         """Correct the cost model by the steps since the last records, and plan anew where that pays.
@@ -341,14 +349,17 @@ def train_step(
     force_microbatches: bool = False,
     seed: int | None = None,
     threads: int = 0,
+    replan_after: int | None = None,
 ) -> TrainStep:
     """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
     for name, count in (("microbatches", microbatches), ("replicas", replicas)):
         if count != AUTO and (isinstance(count, str) or count < 1):
             raise RunError(f"{name} is at least 1, or {AUTO!r}, got {count!r}")
+    if replan_after is not None and replan_after < 1:
+        raise RunError(f"replan_after is a number of steps, at least 1, got {replan_after}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
     options = Options(
         microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition
     )  # fmt: skip
-    return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads)
+    return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads, replan_after)

@@ -22,9 +22,12 @@ from daggc.frontend.opaque import register_functions
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.devices import own_device
+from daggc.runtime.memory import resident_now
 
 _PROGRAMS: dict[str, Program] = {}
-_RECORDS: deque[Record] = deque(maxlen=200_000)
+_RECORDS: deque[Record] = deque(maxlen=20_000)
+_USABLE = 0.8  # of a limit on a worker's memory
+_HELD = 0.0  # bytes of this process before it had any model
 _threads = threading.local()
 
 
@@ -65,9 +68,17 @@ async def offer_computing(dask_worker: Any) -> None:
 
 
 def describe(dask_worker: Any = None) -> Facts:
-    """Ask a worker what it is; runs there."""
+    """Ask a worker what it is; runs there.
+
+    Of a limit on its memory, tasks may use what it did not hold at first, up to where Dask pauses workers by default:
+    the rest is for messages, and for what the allocator keeps.
+    """
+    global _HELD
     device = own_device()
-    memory = float(getattr(getattr(dask_worker, "memory_manager", None), "memory_limit", 0) or 0)
+    memory = _USABLE * float(getattr(getattr(dask_worker, "memory_manager", None), "memory_limit", 0) or 0)
+    if memory and device.type == "cpu":
+        _HELD = _HELD or resident_now()
+        memory = max(memory - _HELD, 1.0)
     if device.type == "cuda":
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     elif not memory:
@@ -190,8 +201,8 @@ def unknow(key: str) -> None:
 
 
 def put_state(name: str, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Create or replace a store on this worker, on the device its tasks run on; see :func:`store.put`."""
-    return store.put(name, version, tensors, own_device())
+    """Create or replace a store on this worker, on the device its tasks run on; it takes the tensors over."""
+    return store.put(name, version, tensors, own_device(), copy=False)
 
 
 def to_own_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

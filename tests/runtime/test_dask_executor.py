@@ -13,8 +13,9 @@ from torch import nn
 import daggc
 from daggc.backend.dask_graph import Emission
 from daggc.errors import CaptureError
-from daggc.runtime.dask_executor import DaskExecutor, checksum
+from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.pool import Pool
+from daggc.runtime.shipping import checksum
 
 pytestmark = pytest.mark.timeout(120)
 

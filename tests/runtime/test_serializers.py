@@ -8,7 +8,7 @@ from dask.sizeof import sizeof
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from daggc.backend.serializers import aligned
+from daggc.backend.serializers import aligned, take_sent
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -131,3 +131,10 @@ def test_aligned_copies_only_what_is_not() -> None:
     whole = torch.zeros(64)
     assert aligned(whole) is whole
     assert aligned(whole[3:]).data_ptr() % 64 == 0
+
+
+def test_bytes_that_are_sent_are_counted() -> None:
+    take_sent()
+    serialize((numbers(torch.float32, 10, 10), numbers(torch.bfloat16, 6, 8)[::2, 1::3]))
+    assert take_sent() == 400 + 3 * 3 * 2
+    assert take_sent() == 0

@@ -31,7 +31,7 @@ from daggc.backend.kernels.norm import (
     rms_norm,
     rms_norm_backward,
 )
-from daggc.backend.kernels.optim import adamw_update, sgd_update, squared_norm
+from daggc.backend.kernels.optim import adamw_update, adamw_update_, sgd_update, sgd_update_, squared_norm
 from daggc.backend.kernels.pool import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -44,6 +44,7 @@ from daggc.backend.kernels.recurrent import recurrent_layer, recurrent_layer_bac
 
 __all__ = [
     "adamw_update",
+    "adamw_update_",
     "adaptive_avg_pool",
     "adaptive_avg_pool_backward",
     "attention",
@@ -87,6 +88,7 @@ __all__ = [
     "rms_norm_backward",
     "scan",
     "sgd_update",
+    "sgd_update_",
     "squared_norm",
     "torch_call",
     "uniform",

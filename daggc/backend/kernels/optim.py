@@ -1,4 +1,4 @@
-"""Optimizer updates by torch's fused kernels, without touching the parameter they are given.
+"""Optimizer updates by torch's fused kernels; those without a final underscore leave the parameter as it is.
 
 Scalars (``lr``, ``step``) are 0-d f64 tensors and best kept in host memory: reading one from a GPU waits for it.
 """
@@ -6,6 +6,7 @@ Scalars (``lr``, ``step``) are 0-d f64 tensors and best kept in host memory: rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,18 @@ def _own(states: Sequence[Tensor], donate: bool) -> list[Tensor]:
     return [state if donate else state.clone() for state in states]
 
 
-def sgd_update(
-    param: Tensor,
+def sgd_update(param: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """``(new param, new momentum buffer if any)``; see :func:`sgd_update_`."""
+    return sgd_update_(param.clone(), *rest, **options)
+
+
+def adamw_update(param: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """``(new param, exp_avg, exp_avg_sq, max_exp_avg_sq if amsgrad)``; see :func:`adamw_update_`."""
+    return adamw_update_(param.clone(), *rest, **options)
+
+
+def sgd_update_(
+    new: Tensor,
     grad: Tensor,
     *rest: Tensor,
     momentum: float,
@@ -38,11 +49,10 @@ def sgd_update(
     maximize: bool,
     donate: bool,
 ) -> tuple[Tensor, ...]:
-    """``(new param, new momentum buffer if any)``; see ``torch.optim.SGD``."""
+    """Writes the new parameter where the old is, and gives it and the momentum buffer; see ``torch.optim.SGD``."""
     *given, lr, step = rest
     rate, first = float(lr), float(step) == 1
     states = _own(given, donate)
-    new = param.clone()
     if _fused(new, (grad, *states)):
         torch.ops.aten._fused_sgd_(
             [new], [grad], states, weight_decay=weight_decay, momentum=momentum, lr=rate, dampening=dampening,
@@ -59,8 +69,8 @@ def sgd_update(
     return (new.add_(grad, alpha=-rate), *states)
 
 
-def adamw_update(
-    param: Tensor,
+def adamw_update_(
+    new: Tensor,
     grad: Tensor,
     *rest: Tensor,
     beta1: float,
@@ -72,14 +82,13 @@ def adamw_update(
     maximize: bool,
     donate: bool,
 ) -> tuple[Tensor, ...]:
-    """``(new param, exp_avg, exp_avg_sq, max_exp_avg_sq if amsgrad)``; see ``torch.optim.AdamW``."""
+    """Writes the new parameter where the old is, and gives it and the moments; see ``torch.optim.AdamW``."""
     *given, lr, step = rest
     rate, count = float(lr), float(step)
     states = _own(given, donate)
-    new = param.clone()
     if _fused(new, (grad, *states)):
         update = torch.ops.aten._fused_adamw_ if decoupled else torch.ops.aten._fused_adam_
-        counts = [torch.tensor(count, dtype=torch.float32, device=param.device)]
+        counts = [torch.tensor(count, dtype=torch.float32, device=new.device)]
         update(
             [new], [grad], [states[0]], [states[1]], states[2:], counts, lr=rate, beta1=beta1, beta2=beta2,
             weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,

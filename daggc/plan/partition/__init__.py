@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from daggc.ir.graph import Graph
@@ -47,6 +47,8 @@ def partition(
     microbatches: int = 1,
     trained: float = TRAINED,
     how: str = "auto",
+    turns: Sequence[int] | None = None,
+    in_flight: int | None = None,
 ) -> Partition:
     """Cut ``primal`` into stages so that a step is predicted to be fast, within every device's memory.
 
@@ -57,6 +59,8 @@ def partition(
         trained: bytes that live with a trained parameter for each byte of its own.
         how: ``line`` (segments of a line of the nodes, each device as busy as the others), ``list`` (list
             scheduling: what is independent runs at the same time), or ``auto``, the one that is predicted faster.
+        turns: the device of each stage of a line, by index, in place of ``stages``.
+        in_flight: the most microbatches of which a device holds residuals; by default what 1F1B holds.
 
     Raises:
         PlanError: nothing fits, or an override cannot be kept.
@@ -67,7 +71,7 @@ def partition(
     wishes = wishes.ordered([place[node.outputs[0].name] for node in order])
     work = work_of(joint, primal, order, trained)
     check_pins(work, wishes, cluster)
-    chosen = choose(primal, work, cluster, wishes, stages, microbatches, how)
+    chosen = choose(primal, work, cluster, wishes, stages, microbatches, how, turns, in_flight)
     stage_of = {
         chosen.work.nodes[position].outputs[0].name: number
         for number, segment in enumerate(chosen.cut.segments)

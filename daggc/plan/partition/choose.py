@@ -55,56 +55,72 @@ class Chosen:
 
 
 def choose(
-    primal: Graph, work: Work, cluster: Cluster, wishes: Wishes, stages: int | None, microbatches: int, how: str
+    primal: Graph,
+    work: Work,
+    cluster: Cluster,
+    wishes: Wishes,
+    stages: int | None,
+    microbatches: int,
+    how: str,
+    turns: Sequence[int] | None = None,
+    in_flight: int | None = None,
 ) -> Chosen:
     """The best of the lines, the list schedules, or both.
 
     Args:
         wishes: in planning order.
         how: ``line``, ``list`` or ``auto``.
+        turns: the device of each segment of a line, by index; there are no list schedules then.
+        in_flight: the most microbatches of which residuals are held at a time.
 
     Raises:
         PlanError: nothing fits, or ``how`` is none of these.
     """
     if how not in HOW:
         raise PlanError(f"partition is one of {', '.join(HOW)}, got {how!r}")
+    stages = stages if turns is None else len(turns)
+    held = microbatches if in_flight is None else min(microbatches, in_flight)
     if how == "list" and stages is not None:
         raise PlanError("a list schedule has as many stages as it takes; stages= goes with partition='line'")
     cut: Cut | None = None
     wrong: PlanError | None = None
     if how != "list":
         try:
-            cut = cut_work(work, cluster, wishes, stages, microbatches)
+            cut = cut_work(work, cluster, wishes, stages, held, turns)
         except PlanError as error:
             if how == "line" or stages is not None:
                 raise
             wrong = error
-    line = _line(work, cluster, cut, microbatches) if cut else None
+    line = _line(work, cluster, cut, microbatches, held) if cut else None
     reason = ""
     lists: list[Candidate] = []
     if how == "list" or (how == "auto" and stages is None):
         reason = "" if how == "list" else _not_worth(primal, work, cluster, wishes)
         if not reason:
-            lists = list_candidates(primal, work, cluster, wishes, microbatches)
+            lists = list_candidates(primal, work, cluster, wishes, microbatches, held)
             reason = "" if lists else "no schedule fits the devices' memory and keeps shared parameters in one place"
     best = min(lists, key=lambda one: _order(one, line), default=None)
     if best is not None and (line is None or cut is None or _beats(best, line, cut)):
-        return _list_chosen(work, cluster, best, lists, cut, microbatches)
+        return _list_chosen(work, cluster, best, lists, cut, microbatches, held)
     if cut is None or line is None:
         raise wrong or PlanError(f"a list schedule is not possible: {reason}")
     others = [_alternative(one, line) for one in lists]
     if reason and len(cluster.devices) > 1:
         others.append(Alternative("list schedules", None, reason))
-    known = {other.description: _line(work, cluster, other, microbatches).predicted.seconds for other in cut.others}
+    known = {
+        other.description: _line(work, cluster, other, microbatches, held).predicted.seconds for other in cut.others
+    }
     chosen, *lines = cut.alternatives
     lines = [replace(other, predicted=known.get(other.description)) for other in lines]
     chosen = replace(chosen, predicted=line.predicted.seconds)
     return Chosen(work, replace(cut, alternatives=(chosen, *lines, *others), others=()), line.predicted)
 
 
-def list_candidates(primal: Graph, work: Work, cluster: Cluster, wishes: Wishes, microbatches: int) -> list[Candidate]:
-    """What each algorithm finds that fits the devices' memory."""
-    in_flight = min(microbatches, len(cluster.devices)) if work.passes == 2 else 1
+def list_candidates(
+    primal: Graph, work: Work, cluster: Cluster, wishes: Wishes, microbatches: int, held: int
+) -> list[Candidate]:
+    """What each algorithm finds that fits the devices' memory; ``held``: microbatches that may be in flight."""
+    in_flight = min(held, len(cluster.devices)) if work.passes == 2 else 1
     found: dict[tuple, Candidate] = {}
     for pieces in PIECES:
         units = coarsen(primal, work, cluster, wishes.allowed, pieces)
@@ -120,7 +136,7 @@ def list_candidates(primal: Graph, work: Work, cluster: Cluster, wishes: Wishes,
                 same = found[key]
                 found[key] = replace(same, description=f"{same.description[:-1]}, {name})")
                 continue
-            predicted = predict(work, cluster, placement, microbatches)
+            predicted = predict(work, cluster, placement, microbatches, held)
             if predicted.fits(cluster):
                 found[key] = Candidate(_describe(placement, cluster, name), placement, predicted)
     return list(found.values())
@@ -133,10 +149,10 @@ def _describe(placement: Placement, cluster: Cluster, name: str) -> str:
     return f"{count} {'stage' if count == 1 else 'stages'} on {names} by list scheduling ({name})"
 
 
-def _line(work: Work, cluster: Cluster, cut: Cut, microbatches: int) -> Candidate:
+def _line(work: Work, cluster: Cluster, cut: Cut, microbatches: int, held: int) -> Candidate:
     parts = [(segment.start, segment.stop, segment.device) for segment in cut.segments]
     placement = placement_of(parts, len(work.nodes))
-    return Candidate(cut.description, placement, predict(work, cluster, placement, microbatches))
+    return Candidate(cut.description, placement, predict(work, cluster, placement, microbatches, held))
 
 
 def _not_worth(primal: Graph, work: Work, cluster: Cluster, wishes: Wishes) -> str:
@@ -181,7 +197,13 @@ def _alternative(one: Candidate, chosen: Candidate) -> Alternative:
 
 
 def _list_chosen(
-    work: Work, cluster: Cluster, best: Candidate, lists: Sequence[Candidate], cut: Cut | None, microbatches: int
+    work: Work,
+    cluster: Cluster,
+    best: Candidate,
+    lists: Sequence[Candidate],
+    cut: Cut | None,
+    microbatches: int,
+    held: int,
 ) -> Chosen:
     """The list schedule as segments of a new order of the nodes."""
     order = np.lexsort((np.arange(len(work.nodes)), best.placement.stage))
@@ -192,7 +214,7 @@ def _list_chosen(
     )
     seconds = best.predicted.seconds
     rest = [one for one in lists if one is not best]
-    rest += [_line(work, cluster, one, microbatches) for one in ((cut, *cut.others) if cut else ())]
+    rest += [_line(work, cluster, one, microbatches, held) for one in ((cut, *cut.others) if cut else ())]
     known = {one.description for one in rest}
     impossible = [other for other in (cut.alternatives if cut else ()) if other.description not in known]
     chosen = Alternative(best.description, best.predicted.slowest, "chosen", seconds)

@@ -79,13 +79,21 @@ class Cut:
     others: tuple[Cut, ...] = ()
 
 
-def cut_work(work: Work, cluster: Cluster, wishes: Wishes, stages: int | None = None, microbatches: int = 1) -> Cut:
+def cut_work(
+    work: Work,
+    cluster: Cluster,
+    wishes: Wishes,
+    stages: int | None = None,
+    microbatches: int = 1,
+    turns: Sequence[int] | None = None,
+) -> Cut:
     """Cut a work into segments on the devices of a cluster.
 
     Args:
         wishes: where each node may be, in planning order.
         stages: how many segments to make; by default as many as there are devices, if that helps.
-        microbatches: that a step is made of; stages hold residuals of as many as 1F1B has in flight.
+        microbatches: that may be in flight; stages hold residuals of as many of them as 1F1B has in flight.
+        turns: the device of each segment, by index.
 
     Raises:
         PlanError: the model does not fit the devices' memory (with what is short, in bytes), there are fewer
@@ -94,7 +102,8 @@ def cut_work(work: Work, cluster: Cluster, wishes: Wishes, stages: int | None = 
     if stages is not None and stages < 1:
         raise PlanError(f"a plan has at least one stage, stages={stages} was asked for")
     pins = np.array([-1 if pin is None else pin for pin in wishes.pins], int)
-    search = _Search(work, cluster, pins, wishes.allowed, microbatches)
+    search = _Search(work, cluster, pins, wishes.allowed, microbatches, turns)
+    stages = stages if turns is None else len(turns)
     most = stages or len(cluster.devices)
     notes: list[str] = []
     found: Cut | None = None
@@ -146,6 +155,7 @@ class _Search:
     pins: np.ndarray
     allowed: np.ndarray
     microbatches: int
+    turns: Sequence[int] | None = None
     considered: list[Alternative] = field(default_factory=list)
     cuts: dict[str, Cut] = field(default_factory=dict)
 
@@ -168,18 +178,20 @@ class _Search:
             yield line
             if 1 < count <= len(self.cluster.devices):
                 yield from self.around(order, fair)
-        if fair == 0 and (self.pins >= 0).any():
+        if fair == 0 and self.turns is None and (self.pins >= 0).any():
             runs = _runs(self.pins)
             if len(runs) > 1 and len(set(runs)) <= count:
                 yield self.line(runs, self.work.spans, fair, "by runs of pinned modules")
                 yield self.line(runs, (), fair, "by runs of pinned modules, parameters shared")
         if count > len(self.cluster.devices):
-            turns = [index % len(self.cluster.devices) for index in range(count)]
+            (turns,) = self.device_orders(count)
             yield self.line(turns, (), fair, "by turns, parameters shared")
 
     def device_orders(self, count: int) -> list[list[int]]:
         """Sequences of devices to lay segments on: the cluster's own order and one that follows the pins."""
         devices = self.cluster.devices
+        if self.turns is not None:
+            return [list(self.turns)]
         if count > len(devices):
             return [[index % len(devices) for index in range(count)]]
         pinned = {
@@ -403,8 +415,8 @@ def _least_excess(search: _Search, stages: int | None) -> float:
             if end < len(order):
                 continue
             over = [
-                np.where(np.tri(end + 1, dtype=bool), np.inf, segments.memory(len(order) - 1 - j) - device.memory)
-                for j, device in enumerate(search.cluster.devices[index] for index in order)
+                np.where(np.tri(end + 1, dtype=bool), np.inf, segments.memory(len(order) - 1 - j) - room)
+                for j, room in enumerate(search.cluster.devices[index].memory / order.count(index) for index in order)
             ]
             least = min(least, float(least_maximum(over, np.array([0]))[0, end]))
     return least if np.isfinite(least) else 0.0

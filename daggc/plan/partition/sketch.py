@@ -57,8 +57,12 @@ class _Carried:
     returned: int
 
 
-def predict(work: Work, cluster: Cluster, placement: Placement, microbatches: int) -> Predicted:
-    """Simulate one batch of a placement, and add up what its devices do."""
+def predict(work: Work, cluster: Cluster, placement: Placement, microbatches: int, held: int) -> Predicted:
+    """Simulate one batch of a placement, and add up what its devices do.
+
+    Args:
+        held: microbatches that may be in flight.
+    """
     devices, count = placement.devices, len(placement.devices)
     times = {device: work.phases(cluster.devices[device]) for device in dict.fromkeys(devices)}
     stage = placement.stage
@@ -83,18 +87,18 @@ def predict(work: Work, cluster: Cluster, placement: Placement, microbatches: in
         slowest,
         latency + (microbatches - 1) * slowest,
         _shares(work, cluster, devices, seconds),
-        memory_by_device(work, placement, microbatches),
+        memory_by_device(work, placement, held),
     )
 
 
-def memory_by_device(work: Work, placement: Placement, microbatches: int) -> dict[int, float]:
+def memory_by_device(work: Work, placement: Placement, held: int) -> dict[int, float]:
     """Bytes that each device needs: what it keeps, residuals of all that is in flight, and its largest op."""
     needs: dict[int, float] = {}
     working: dict[int, float] = {}
     count = len(placement.devices)
     for number, device in enumerate(placement.devices):
         here = placement.stage == number
-        in_flight = min(microbatches, count - number) if work.passes == 2 else 1
+        in_flight = min(held, count - number) if work.passes == 2 else 1
         needs[device] = needs.get(device, 0.0) + float(
             work.resident[here].sum() + in_flight * work.residuals[here].sum()
         )

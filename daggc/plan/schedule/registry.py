@@ -23,6 +23,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 SPLIT_BACKWARD = ("zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v")
 """The schedules that need weight gradients as tasks of their own."""
+SEVERAL_STAGES = ("interleaved", "zb-v")
+"""The schedules that are made for several stages a device."""
 
 
 def schedule_named(name: str) -> Callable[..., Schedule]:
@@ -31,3 +33,13 @@ def schedule_named(name: str) -> Callable[..., Schedule]:
         return SCHEDULES[name]
     except KeyError:
         raise PlanError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}") from None
+
+
+def stage_devices(name: str, stages: int, devices: int) -> tuple[int, ...]:
+    """The device, by number, that a schedule of this name wants each stage on.
+
+    ``zb-v`` goes down the devices and back up, so that the first and the last stage are on one device; the others take
+    the devices in turn.
+    """
+    turn = [*range(devices), *reversed(range(devices))] if name == "zb-v" else [*range(devices)]
+    return tuple(turn[stage % len(turn)] for stage in range(stages))

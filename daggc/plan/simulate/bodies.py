@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from daggc.ir.graph import Graph, Node
+from daggc.ops import REGISTRY
 from daggc.plan.liveness import SPREAD, shares_memory
 
 
@@ -16,7 +17,7 @@ class Allocation:
         outputs: for each output, the bytes that it holds. A view of an input holds none; of results that share
             memory, the first holds all of it.
         shares: for each output, the number of the output whose memory it is in; -1 for an input's.
-        workspace: the most that it holds at a time beside its inputs and outputs.
+        workspace: the most that it holds at a time beside its inputs and outputs, its kernels' included.
     """
 
     outputs: tuple[float, ...]
@@ -47,7 +48,7 @@ def allocation_of(body: Graph) -> Allocation:
             last[root[value.name]] = index
     given = [root[port.value.name] for port in body.outputs]
     held = {"": True, **dict.fromkeys(given, True)}
-    now = peak = 0
+    now, peak = 0, 0.0
     dying: dict[int, list[str]] = {}
     for name, index in last.items():
         if name not in held:
@@ -58,7 +59,7 @@ def allocation_of(body: Graph) -> Allocation:
             if root[value.name] == value.name:
                 now += size[value.name]
                 total += size[value.name] if value.name in held else 0
-        peak = max(peak, now)
+        peak = max(peak, now + (0.0 if node.op == "call" else REGISTRY[node.op].cost(node).workspace))
         now -= sum(size[name] for name in dying.get(index, ()))
     shares = tuple(given.index(name) if name else -1 for name in given)
     outputs = tuple(

@@ -53,6 +53,10 @@ class Runtime:
         transfer_cores: cores that a transfer keeps busy at each of its ends while it lasts.
         barrier: updates wait until everything else has run, on all devices.
         versions: versions of parameters and buffers that a worker keeps: with 2, the one before the current too.
+        slack: bytes that a CPU's process holds for each byte of its values, at their peak: an allocator cannot use
+            all that is free.
+        ahead: steps whose inputs are on the workers already while a step runs.
+        process: bytes that it holds to run any program at all: code, records of tasks.
         whole_results: what a task returns is freed as one, once all that read any of it have ended.
     """
 
@@ -63,6 +67,9 @@ class Runtime:
     transfer_cores: float = 0.0
     barrier: bool = False
     versions: int = 1
+    slack: float = 1.0
+    process: float = 0.0
+    ahead: int = 0
     whole_results: bool = True
 
 

@@ -11,7 +11,7 @@ from daggc.plan.device import Cluster
 from daggc.plan.simulate.bodies import Allocation, allocation_of
 from daggc.plan.simulate.engine import run_jobs
 from daggc.plan.simulate.jobs import IDEAL, Job, Runtime
-from daggc.plan.simulate.memory import Buffer, memory_over_time
+from daggc.plan.simulate.memory import Buffer, Memory, memory_over_time
 from daggc.plan.simulate.result import Simulation
 
 _TRANSFER = 0.7  # of the handling of a task, what a transfer takes at each of its ends: 5.9 ms a hop there, 2.5 here
@@ -47,7 +47,13 @@ def simulate(
     if not memory:
         return done
     resident, buffers, workspace = _memory(step, program, runtime)
-    return replace(done, memory=memory_over_time(done.tasks, buffers, resident, workspace))
+    values = memory_over_time(done.tasks, buffers, resident, workspace)
+    processes = {device.name for device in cluster.devices if device.kind == "cpu"}
+    held = {
+        device: Memory(own.times, own.bytes * runtime.slack + runtime.process) if device in processes else own
+        for device, own in values.items()
+    }
+    return replace(done, memory=held)
 
 
 def _jobs(
@@ -215,6 +221,7 @@ def _memory(step: Graph, program: Program, runtime: Runtime) -> tuple[dict[str, 
         device, nbytes = str(port.value.type.device), float(port.value.type.nbytes)
         if port.kind not in _RESIDENT:
             buffers.append(Buffer(device, nbytes, -1, tuple(last_readers(port.value.name))))
+            resident[device] = resident.get(device, 0.0) + runtime.ahead * nbytes
             continue
         versions = runtime.versions if port.kind in ("param", "buffer") and port.ref in successors else 1
         new = successors.get(port.ref, "")

@@ -25,7 +25,10 @@ from daggc.runtime.worker import COMPUTING, set_threads
 
 Environment = dict[str, Any]
 ROUNDS = 7  # at most; a budget of seconds may end them after four
-_ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
+_ALLOCATOR = (
+    "GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_",
+    "LD_PRELOAD",
+)  # fmt: skip
 
 
 def environment(threads: int) -> Environment:
@@ -44,6 +47,33 @@ def environment(threads: int) -> Environment:
         "daggc": daggc.__version__,
         "allocator": {name: os.environ.get(name, "") for name in _ALLOCATOR},
     }
+
+
+def own_cores() -> list[int]:
+    """Numbers of the host's cores that this process may run on; none where they cannot be told. Runs on a worker."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def pace(threads: int) -> float:
+    """Seconds that pass while the thread that computes has a core for one; runs on a worker.
+
+    1 where it has a core of its own, 2 where it shares it with another process or may use half of it. GPUs, and several
+    threads, are measured by wall time as it is: 1.
+    """
+    set_threads(threads)
+    if own_device().type == "cuda" or torch.get_num_threads() > 1:
+        return 1.0
+    numbers = torch.zeros(1 << 14)
+    ratios: list[float] = []
+    for _ in range(_REPEATS):
+        start, begun = time.perf_counter(), time.thread_time()
+        while time.thread_time() - begun < _PACED:
+            numbers.add_(1)
+        ratios.append((time.perf_counter() - start) / (time.thread_time() - begun))
+    return max(1.0, median(ratios))
+
+
+_PACED = 0.1  # seconds of a core: much longer than a process keeps it from another
 
 
 def _processor() -> str:

@@ -20,6 +20,8 @@ from daggc.runtime.calibration.measure import (
     class_totals,
     environment,
     on_workers,
+    own_cores,
+    pace,
     suite_times,
 )
 from daggc.runtime.calibration.rows import bandwidth_of, curves_of, rates_of
@@ -28,6 +30,7 @@ from daggc.runtime.pool import Pool
 
 _PART_ROUNDS = 3
 _SLOWER = 1.3  # times as long as its like takes a worker that is then measured by itself
+_STARVED = 1.3  # times as long as another takes a worker that has no core of its own
 _MOST_PAIRS = 6  # of devices, whose links are measured one by one
 _MEASURED = ("flops", "bandwidth", "launch", "overhead", "hop", "argument", "handling", "curves")  # fields of a device
 _RANGE = (1e-9, 1e18)  # of numbers that are believed
@@ -105,11 +108,12 @@ class Session:
                 self.complete(devices, meter)
                 together = self.together()
                 self.correct(devices, together, meter)
+                self.slow_down(devices)
                 if shared is None:
                     shared = Shared(self.slowdowns(together), self.links(devices, meter))
                     write_entry("links", self.setting, shared.to_json())
         final = tuple(devices.get(name, device) for name, device in self.plain.items())
-        cores = {kind["host"]: kind["cores"] for kind in self.kinds.values()}
+        cores = self.cores()
         return (shared or Shared()).connect(replace(self.pool.cluster, devices=final, cores=cores))
 
     @property
@@ -172,6 +176,26 @@ class Session:
             if sum(own.values()) > _SLOWER * max(usual, alike):
                 devices[name] = self.measured(self.plain[name], meter)
 
+    def slow_down(self, devices: dict[str, Device]) -> None:
+        """Devices that get less of a core than another while all compute take longer by as much.
+
+        Rates are measured by the time that a thread has a core: what else runs on a host for a while is not to be kept
+        as its rates. So a worker that always shares its core would not be seen. This is of these workers, and not kept.
+        """
+        paces = dict(zip(self.names, on_workers(self.pool, self.names, pace, self.threads), strict=True))
+        usual = min(paces.values())
+        for name, own in paces.items():
+            if own > _STARVED * usual:
+                devices[name] = slower(devices[name], own / usual)
+
+    def cores(self) -> dict[str, int]:
+        """Cores of each host that its workers may run on."""
+        every = on_workers(self.pool, self.names, own_cores)
+        found: dict[str, set[int]] = {}
+        for kind, own in zip(self.kinds.values(), every, strict=True):
+            found.setdefault(kind["host"], set()).update(own)
+        return {kind["host"]: len(found[kind["host"]]) or kind["cores"] for kind in self.kinds.values()}
+
     # --- between devices ----------------------------------------------------------------------------------
 
     def known_shared(self) -> Shared | None:
@@ -203,6 +227,17 @@ class Session:
             ordered = sorted(by_hosts.items(), key=lambda item: (item[0][0] != item[0][1], item[0]))
             pairs = [pair for _, pair in ordered[:_MOST_PAIRS]]
         return {pair: meter.link(*pair, Overheads(devices[pair[0]].overhead, devices[pair[0]].hop)) for pair in pairs}
+
+
+def slower(device: Device, factor: float) -> Device:
+    """A device on which everything takes ``factor`` times as long."""
+    curves = {
+        name: tuple((flops, nbytes, factor * seconds) for flops, nbytes, seconds in curve.rows)
+        for name, curve in device.curves.items()
+    }
+    times = {name: factor * getattr(device, name) for name in ("launch", "overhead", "argument", "handling")}
+    flops = {name: rate / factor for name, rate in device.flops.items()}
+    return replace(device, curves=curves, flops=flops, bandwidth=device.bandwidth / factor, **times)
 
 
 def expected(device: Device) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Measurements of daggc beside other ways to do the same."""
