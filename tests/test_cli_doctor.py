@@ -15,7 +15,8 @@ from daggc.runtime.local_workers import dask_settings
 
 
 def test_this_machine_lacks_settings_which_are_printed_as_yaml() -> None:
-    result = CliRunner().invoke(main, ["doctor"])
+    with dask.config.set({"distributed.worker.profile.enabled": True}):  # other tests turn it off for all
+        result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0, result.output
     assert "warn" in result.stdout and "configuration" in result.stdout
     printed = yaml.safe_load(result.stdout[result.stdout.index("distributed:\n") :])
@@ -36,6 +37,7 @@ def test_something_bad_is_exit_status_1() -> None:
     assert [check["check"] for check in found["checks"]] == ["workers"]
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_not_there() -> None:
     result = CliRunner().invoke(main, ["doctor", "--scheduler", "tcp://127.0.0.1:1"])
     assert result.exit_code == 1

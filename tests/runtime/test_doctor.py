@@ -56,6 +56,7 @@ def by_name(diagnosis: Diagnosis) -> dict[str, Check]:
 def in_process() -> Iterator[Client]:
     """A client of a cluster in this process, with Dask's own settings but for the memory limit."""
     with (
+        dask.config.set({"distributed.worker.profile.enabled": True}),  # other tests turn it off for all
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, processes=False) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
