@@ -37,6 +37,7 @@ from daggc.runtime.shipping import checksum
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
+_COLD = 2.0  # times a hop in a chain of tasks that do nothing takes one in a step (fitted, as in simulate/placed.py)
 _SLACK = 1.2  # bytes that glibc's heap takes for each byte of tensors in it, at the peak of a step
 _PROCESS = 2e6  # bytes that a worker takes to run one more program, beside tensors
 
@@ -368,7 +369,7 @@ def runtime_of(cluster: Cluster) -> Runtime:
     Before the first task of a step, its update waits for a task that says that all devices have ended, and the next
     step waits for the update: two messages. What a process holds was measured, on settings as local_workers has them.
     """
-    message = median(device.hop for device in cluster.devices)
+    message = _COLD * median(device.hop for device in cluster.devices)
     return Runtime(
         begin=2 * message, message=message, barrier=True, versions=2, slack=_SLACK, process=_PROCESS, ahead=AHEAD
     )  # fmt: skip
