@@ -208,7 +208,8 @@ def _conv_cost(x: TensorType, weight: TensorType, y: TensorType, node: Node) -> 
     """
     small = x if node.attrs["transposed"] else y
     flops = 2 * small.numel * weight.numel / max(1, small.shape[1])
-    return Cost(flops, node_bytes(node), "conv", float(x.nbytes + y.nbytes))
+    kernel = "grouped" if node.attrs["groups"] > 1 else ""
+    return Cost(flops, node_bytes(node), "conv", float(x.nbytes + y.nbytes), kernel)
 
 
 def _cost(node: Node) -> Cost:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,13 @@ def _matmul_vjp(b: Builder, node: Node, cts: Cotangents) -> Cotangents:
 def gemm_cost(node: Node) -> Cost:
     """``2 m n k`` FLOPs: one multiplication and one addition for each output and element of the inner axis."""
     return Cost(2 * node.output.type.numel * node.inputs[0].type.shape[-1], node_bytes(node), "gemm")
+
+
+def _matmul_cost(node: Node) -> Cost:
+    """Of a product that makes much of little: it writes more than it reads, which is slow."""
+    left, right = (value.type.shape for value in node.inputs)
+    outer = 4 * left[-1] < min(left[-2], right[-1])
+    return replace(gemm_cost(node), kernel="outer") if outer else gemm_cost(node)
 
 
 def _matmul_axes(node: Node) -> Axes:
@@ -199,7 +207,7 @@ register(
         evaluate=upcast(lambda node, x, y: np.matmul(x, y)),
         vjp=_matmul_vjp,
         complex=HOLOMORPHIC,
-        cost=gemm_cost,
+        cost=_matmul_cost,
         axes=_matmul_axes,
         lower=lambda node, args: f"torch.matmul({args[0]}, {args[1]})",
         aten={

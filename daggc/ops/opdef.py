@@ -50,12 +50,14 @@ class Cost:
     """What running a node takes. ``op_class``: gemm, conv, attention, reduction, elementwise, view, opaque.
 
     ``workspace``: bytes that its kernel allocates beside its results, where they count.
+    ``kernel``: which of its kernels the op runs, where it has several of quite different speed.
     """
 
     flops: float
     bytes: float
     op_class: str
     workspace: float = 0.0
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,13 @@ def _cost(products: int, first: int) -> Callable[[Node], Cost]:
         results = float(x.shape[0] * h.nbytes)
         own = sum(value.type.nbytes for value in node.inputs[first:] if value.type.rank == 2)
         workspace = 3 * (gates + 1) * results + 2 * own if first else (1 if lstm else gates + 1) * results + own
-        return Cost(2.0 * products * x.shape[0] * x.shape[1] * weights, node_bytes(node), "gemm", workspace)
+        return Cost(
+            2.0 * products * x.shape[0] * x.shape[1] * weights,
+            node_bytes(node),
+            "gemm",
+            workspace,
+            str(node.attrs["cell"]),
+        )
 
     return cost
 

@@ -68,11 +68,10 @@ def node_key(node: Node) -> str:
 
 _LONGEST_KEY = 200
 COPY = "copy"  # the curve of reshapes that move their elements
-OUTER = "outer_product"  # that of products of matrices whose inner axis is short
 
 
 class Kind(NamedTuple):
-    """What a node's curve is chosen by."""
+    """What a node's curve is chosen by. ``op``: with its kernel, as ``matmul outer``, where it has several."""
 
     op: str
     dtype: str
@@ -168,10 +167,4 @@ def _kind(node: Node, cost: Cost) -> Kind:
     dtype = node.outputs[0].type.dtype if node.outputs else ""
     if cost.op_class == COPY:
         return Kind(COPY, dtype, COPY)
-    outer = node.op == "matmul" and _is_outer(*(value.type.shape for value in node.inputs))
-    return Kind(OUTER if outer else node.op, dtype, cost.op_class)
-
-
-def _is_outer(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
-    """Whether a product of matrices makes much of little: it writes more than it reads, which is slow."""
-    return 4 * left[-1] < min(left[-2], right[-1])
+    return Kind(f"{node.op} {cost.kernel}" if cost.kernel else node.op, dtype, cost.op_class)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -82,8 +82,9 @@ class Device:
         return self.flops.get(op_class, self.flops["elementwise"])
 
     def curve(self, op: str, dtype: str, op_class: str) -> Curve | None:
-        """The curve of an op, of its dtype if there is one, else that of its op class."""
-        return self.curves.get(f"{op}:{dtype}") or self.curves.get(op) or self.curves.get(op_class)
+        """The curve of an op's kernel, of its dtype if there is one; else that of the op, else of its op class."""
+        names = (f"{op}:{dtype}", op, op.partition(" ")[0], op_class)
+        return next((self.curves[name] for name in names if name in self.curves), None)
 
     def __reduce__(self) -> tuple[type[Device], tuple[object, ...]]:
         return Device, tuple(self.to_json().values())
@@ -97,10 +98,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """Between two devices: seconds before the first byte, and bytes/s."""
+    """Between two devices.
+
+    Attributes:
+        latency: seconds before the first byte.
+        bandwidth: bytes/s.
+        handling: seconds of a core that a message takes at each end, on hosts whose cores are counted.
+        copying: the same for each byte of it.
+    """
 
     latency: float = 1e-3
     bandwidth: float = 1e9
+    handling: float = 0.0
+    copying: float = 0.0
 
     def seconds(self, nbytes: float) -> float:
         """Time of one transfer; none for nothing."""
@@ -170,10 +180,10 @@ class Cluster:
         within = self.link_within_host
         return {
             "devices": [device.to_json() for device in self.devices],
-            "link": [self.link.latency, self.link.bandwidth],
-            "links": [[*pair, link.latency, link.bandwidth] for pair, link in sorted(self.links.items())],
+            "link": astuple(self.link),
+            "links": [[*pair, *astuple(link)] for pair, link in sorted(self.links.items())],
             "cores": dict(self.cores),
-            "link_within_host": within and [within.latency, within.bandwidth],
+            "link_within_host": within and astuple(within),
         }
 
     @staticmethod

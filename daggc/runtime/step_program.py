@@ -34,10 +34,11 @@ from daggc.plan.step_order import schedule_of, stage_times
 from daggc.runtime.batch import Batch
 from daggc.runtime.resident import AHEAD, RESIDENT
 from daggc.runtime.shipping import checksum
+from daggc.runtime.traffic import sent, total
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
-_COLD = 2.0  # times a hop in a chain of tasks that do nothing takes one in a step (fitted, as in simulate/placed.py)
+_COLD = 4.0  # times a hop in a chain of tasks that do nothing takes one in a step (fitted, as in simulate/placed.py)
 _SLACK = 1.2  # bytes that glibc's heap takes for each byte of tensors in it, at the peak of a step
 _PROCESS = 2e6  # bytes that a worker takes to run one more program, beside tensors
 
@@ -94,8 +95,8 @@ class StepProgram:
 
     @property
     def moved(self) -> int:
-        """Bytes that a step moves between devices."""
-        return sum(node.output.type.nbytes for node in self.step.graph.nodes if node.op == "transfer")
+        """Bytes of tensors that workers send in a step: to each other, and what it gives to the client."""
+        return total(sent(self.step.graph))
 
     @cached_property
     def layout(self) -> tuple[tuple[str, str, int], ...]:

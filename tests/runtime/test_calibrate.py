@@ -21,7 +21,7 @@ from daggc.plan.device import Cluster, Device, Link
 from daggc.report.devices import cluster_text
 from daggc.runtime import calibrate as module
 from daggc.runtime.calibrate import calibrate_program, calibrated, measured_pool
-from daggc.runtime.calibration.cache import cache_directory, read_entry, write_entry
+from daggc.runtime.calibration.cache import VERSION, cache_directory, read_entry, write_entry
 from daggc.runtime.calibration.refine import MeasuredTask, measured_tasks, predicted_seconds, refined
 from daggc.runtime.calibration.session import Shared, kept, restored
 from daggc.runtime.pool import Pool, pool_of
@@ -87,7 +87,7 @@ def test_damaged_and_foreign_files_are_ignored(cluster: Cluster, pool: Pool, cac
         whole[: len(whole) // 2],
         "[" * 100_000,
         "null",
-        whole.replace('"version": 1', '"version": 0'),
+        whole.replace(f'"version": {VERSION}', '"version": 0'),
         json.dumps({**json.loads(whole), "identity": {**identity, "host": "elsewhere"}}),
     ):
         path.write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,10 +15,8 @@ from daggc.plan.simulate.jobs import IDEAL, Job, Runtime
 from daggc.plan.simulate.memory import Buffer, Memory, memory_over_time
 from daggc.plan.simulate.result import Simulation
 
-# Fitted on steps of five models on 2 workers: calibration measures handling in chains of tasks that do nothing, where
-# caches are warm; a step's transfers also copy what they carry.
-_IN_STEP = 2.0  # times the handling of a task in such a chain
-_TRANSFER = 3.0  # of that, what a transfer takes at each of its ends
+# Calibration measures handling in chains of tasks that do nothing, where caches are warm.
+_IN_STEP = 2.0  # times as long it takes in a step (fitted on 34 steps of nine models)
 _REPLACED = ("param", "buffer", "state")  # kinds of outputs that take the place of an input
 _RESIDENT = (*_REPLACED, "constant")  # kinds of inputs that stay on their device between steps
 
@@ -43,7 +42,7 @@ def simulate(
         memory: simulate memory too; without it, it is faster by half.
     """
     sharing = _Sharing(cluster, runtime)
-    jobs = _jobs(step, cluster, seconds or _roofline(program, cluster), sharing, runtime.message)
+    jobs = _jobs(step, cluster, seconds or _roofline(step, program, cluster), sharing, runtime.message)
     if runtime.barrier:
         _hold_updates(step, jobs)
     done = _visible(run_jobs([*jobs, *_handling(step, jobs, sharing)], strict, sharing.capacity, runtime), len(jobs))
@@ -92,24 +91,24 @@ def _jobs(
 
 
 def _handling(step: Graph, jobs: Sequence[Job], sharing: _Sharing) -> list[Job]:
-    """What the machinery computes for each task and transfer, on cores that the tasks share."""
+    """What the machinery computes for each task and message, on cores that the tasks share."""
     makers = {value.name: index for index, node in enumerate(step.nodes) for value in node.outputs}
     readers = {value.name: index for index, node in reversed([*enumerate(step.nodes)]) for value in node.inputs}
-    ways: set[tuple[int | str | None, int | None]] = set()  # values that go the same way go as one
     found: list[Job] = []
+    messages: dict[tuple[int | str | None, int | None], list[int]] = {}  # values that go the same way go as one
     for index, node in enumerate(step.nodes):
-        ends = [(str(node.attrs["device"]), 1.0)]
         if node.op == "transfer":
             value = node.inputs[0]
             way = makers.get(value.name, value.type.device), readers.get(node.output.name)
-            if way in ways:
-                continue
-            ways.add(way)
-            ends = [(device, _TRANSFER) for device in (str(node.inputs[0].type.device), ends[0][0])]
-        for device, times in ends:
-            seconds, uses = sharing.handling(device)
-            if seconds and uses:
-                found.append(Job("handling", f"handling {device}", _IN_STEP * seconds * times, (index,), uses=uses))
+            messages.setdefault(way, []).append(index)
+        else:
+            device = str(node.attrs["device"])
+            found += sharing.handling(device, sharing.of_task(device), (index,))
+    for sent in messages.values():
+        nbytes = sum(step.nodes[index].output.type.nbytes for index in sent)
+        source, target = str(step.nodes[sent[0]].inputs[0].type.device), str(step.nodes[sent[0]].attrs["device"])
+        for end in (source, target):
+            found += sharing.handling(end, sharing.of_message(source, target, nbytes), (sent[0],))
     return found
 
 
@@ -120,9 +119,14 @@ def _visible(done: Simulation, count: int) -> Simulation:
     return replace(done, tasks=tasks, makespan=end, places=tuple(dict.fromkeys(task.job.place for task in tasks)))
 
 
-def _roofline(program: Program, cluster: Cluster) -> Callable[[Node], float]:
+def _roofline(step: Graph, program: Program, cluster: Cluster) -> Callable[[Node], float]:
+    """Times of calls by their bodies; a device whose neighbours compute nothing is not slowed down by them."""
     known: dict[tuple[str, str], float] = {}
-    devices = {device.name: device for device in cluster.devices}
+    busy = {str(node.attrs["device"]) for node in step.nodes if node.op == "call"}
+    hosts = Counter(device.host for device in cluster.devices if device.name in busy)
+    devices = {
+        device.name: device if hosts[device.host] > 1 else replace(device, slowdown={}) for device in cluster.devices
+    }
 
     def seconds(node: Node) -> float:
         key = str(node.attrs["callee"]), str(node.attrs["device"])
@@ -139,7 +143,7 @@ class _Sharing:
 
     def __init__(self, cluster: Cluster, runtime: Runtime) -> None:
         self._devices = {device.name: device for device in cluster.devices}
-        self._cores = cluster.cores
+        self._cluster, self._cores = cluster, cluster.cores
         self._per_transfer = runtime.transfer_cores
         hosts = dict.fromkeys(device.host for device in cluster.devices if device.host and device.kind == "cpu")
         self.capacity = {
@@ -151,10 +155,21 @@ class _Sharing:
         own = self._devices[device]
         return ((f"cores {own.host}", float(own.threads)),) if own.threads and own.host in self._cores else ()
 
-    def handling(self, device: str) -> tuple[float, tuple[tuple[str, float], ...]]:
-        """Seconds of one core, where the host's cores are counted."""
-        own = self._devices[device]
-        return own.handling, ((f"cores {own.host}", 1.0),) if own.host in self._cores else ()
+    def of_task(self, device: str) -> float:
+        """Seconds of a core that go into a task."""
+        return self._devices[device].handling
+
+    def of_message(self, source: str, target: str, nbytes: float) -> float:
+        """Seconds of a core that go into a message at each end."""
+        link = self._cluster.between(source, target)
+        return link.handling + nbytes * link.copying
+
+    def handling(self, device: str, seconds: float, needs: tuple[int, ...]) -> list[Job]:
+        """The job of handling, where the host's cores are counted."""
+        host = self._devices[device].host
+        if not seconds or host not in self._cores:
+            return []
+        return [Job("handling", f"handling {device}", _IN_STEP * seconds, needs, uses=((f"cores {host}", 1.0),))]
 
     def transfer(self, source: str, target: str) -> tuple[tuple[str, float], ...]:
         """The cores that both ends take; between workers of one host also its loopback, of which there is one."""

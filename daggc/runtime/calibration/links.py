@@ -25,7 +25,6 @@ from daggc.ir.graph import Graph, Program
 from daggc.ir.types import TensorType
 from daggc.ops import REGISTRY
 from daggc.ops.call import declare
-from daggc.plan.device import Link
 from daggc.plan.place import place
 from daggc.runtime.dask_executor import new_token
 from daggc.runtime.pool import Pool
@@ -34,7 +33,7 @@ from daggc.runtime.worker import run_task
 _LARGE = TensorType("f32", (1 << 20,))  # what bandwidth is measured with: 4 MiB
 _SMALL = TensorType("f32", (1,))
 _REPEATS = 3
-_FEW, _MANY = 4, 44  # tasks of chains whose CPU time is measured
+_FEW, _MANY = 4, 28  # tasks of chains whose CPU time is measured
 _SHORTEST = 1e-6  # no slope is taken for less, whatever noise there was
 
 
@@ -79,13 +78,28 @@ class Meter:
 
         Only of processes on this host; where the scheduler is on another one, its part is not counted.
         """
-        spent: dict[int, list[float]] = {}
-        for count in (_FEW, _MANY):
+        return self._spent([device], _SMALL)
+
+    def handling_between(self, source: str, target: str, task: float) -> tuple[float, float]:
+        """Seconds of CPU that each end of a message spends on it, and for each of its bytes.
+
+        Args:
+            task: what a task takes without a message.
+        """
+        message = max(self._spent([source, target], _SMALL) - task, 0.0)
+        large = self._spent([source, target], _LARGE) - self._spent([source], _LARGE)
+        return message / 2, max(large - message, 0.0) / _LARGE.nbytes / 2
+
+    def _spent(self, devices: Sequence[str], type_: TensorType) -> float:
+        """Seconds of CPU of all processes for a task of a chain over the devices in turn."""
+        spent: dict[int, list[float]] = {_FEW: [], _MANY: []}
+        self._seconds(devices, type_, _FEW, True)
+        for count, own in spent.items():
             for _ in range(_REPEATS):
                 before = self._cpu()
-                self._seconds([device], _SMALL, count, True)
+                self._seconds(devices, type_, count, True)
                 after = self._cpu()
-                spent.setdefault(count, []).append(sum(after[key] - before.get(key, 0.0) for key in after))
+                own.append(sum(after[key] - before.get(key, 0.0) for key in after))
         return max((median(spent[_MANY]) - median(spent[_FEW])) / (_MANY - _FEW), 0.0)
 
     def _cpu(self) -> dict[tuple[str, int], float]:
@@ -95,13 +109,13 @@ class Meter:
         found = [here, client.run_on_scheduler(_cpu_seconds), *client.run(_cpu_seconds).values()]
         return {key: seconds for key, seconds in found if key[0] == here[0][0]}
 
-    def link(self, source: str, target: str, own: Overheads) -> Link:
-        """Between two devices, from chains that go back and forth; ``own``: of tasks without a transfer."""
+    def link(self, source: str, target: str, own: Overheads) -> tuple[float, float]:
+        """Latency and bandwidth, from chains that go back and forth; ``own``: of tasks without a transfer."""
         there = self._slope([source, target], _SMALL, 2, 12)
         here = own.overhead + own.hop
         large = self._slope([source, target], _LARGE, 2, 8) - self._slope([source], _LARGE, 2, 8)
         extra = max(large - (there - here), _SHORTEST)
-        return Link(max(there - own.overhead, _SHORTEST), _LARGE.nbytes / extra)
+        return max(there - own.overhead, _SHORTEST), _LARGE.nbytes / extra
 
     @cached_property
     def _bodies(self) -> dict[str, Graph]:

@@ -27,6 +27,11 @@ def curves_of(measured: Measured) -> dict[str, Curve]:
             ops.setdefault(kind.op, []).extend(own)
             classes.setdefault(kind.op_class, []).extend(own)
     class_of = {kind.op: kind.op_class for kind in rows}
+    for kernel in [name for name in ops if " " in name]:  # kernels that were not measured are like those that were
+        op = kernel.partition(" ")[0]
+        if op not in class_of:
+            ops.setdefault(op, []).extend(ops[kernel])
+    class_of.update((op, class_of[kernel]) for kernel in [*class_of] if (op := kernel.partition(" ")[0]) in ops)
     extended = {op: [*own, *_beyond(own, classes[class_of[op]])] for op, own in ops.items()}
     return {name: curve_of(own) for name, own in sorted({**classes, **extended}.items())}
 

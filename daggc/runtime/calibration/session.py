@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from dataclasses import astuple, dataclass, field, replace
+from itertools import combinations, zip_longest
 from statistics import median
 from typing import Any
 
@@ -31,9 +31,10 @@ from daggc.runtime.pool import Pool
 _PART_ROUNDS = 3
 _SLOWER = 1.3  # times as long as its like takes a worker that is then measured by itself
 _STARVED = 1.3  # times as long as another takes a worker that has no core of its own
+_AGAIN = 3  # times that it is looked at again, alone, before it counts as such
 _MOST_PAIRS = 6  # of devices, whose links are measured one by one
 _MEASURED = ("flops", "bandwidth", "launch", "overhead", "hop", "argument", "handling", "curves")  # fields of a device
-_RANGE = (1e-9, 1e18)  # of numbers that are believed
+_RANGE = (1e-13, 1e18)  # of numbers that are believed
 
 Totals = Mapping[str, float]  # op class -> seconds
 
@@ -69,14 +70,17 @@ class Shared:
         )
 
     def to_json(self) -> dict[str, Any]:
-        links = [[*pair, link.latency, link.bandwidth] for pair, link in sorted(self.links.items())]
+        links = [[*pair, *astuple(link)] for pair, link in sorted(self.links.items())]
         return {"slowdown": {host: dict(own) for host, own in self.slowdown.items()}, "links": links}
 
     @staticmethod
     def from_json(data: Any, names: tuple[str, ...]) -> Shared | None:
         """What :meth:`to_json` gave; None if it is anything else."""
         try:
-            links = {(source, target): Link(_sound(lat), _sound(bw)) for source, target, lat, bw in data["links"]}
+            links = {
+                (source, target): Link(*map(_sound, numbers[:2]), *(_sound(own, zero=True) for own in numbers[2:]))
+                for source, target, *numbers in data["links"]
+            }
             slowdown = {
                 str(host): {str(name): _sound(value) for name, value in own.items()}
                 for host, own in data["slowdown"].items()
@@ -182,11 +186,29 @@ class Session:
         Rates are measured by the time that a thread has a core: what else runs on a host for a while is not to be kept
         as its rates. So a worker that always shares its core would not be seen. This is of these workers, and not kept.
         """
-        paces = dict(zip(self.names, on_workers(self.pool, self.names, pace, self.threads), strict=True))
+        paces: dict[str, float] = {}
+        for names in self.waves():
+            paces.update(zip(names, on_workers(self.pool, names, pace, self.threads), strict=True))
         usual = min(paces.values())
+        for name in paces:
+            for _ in range(_AGAIN):  # what was there for a moment only does not count
+                if paces[name] > _STARVED * usual:
+                    (alone,) = on_workers(self.pool, [name], pace, self.threads)
+                    paces[name] = min(paces[name], alone)
         for name, own in paces.items():
             if own > _STARVED * usual:
                 devices[name] = slower(devices[name], own / usual)
+
+    def waves(self) -> list[list[str]]:
+        """The devices in groups that have a core for every thread: plans are simulated with the cores of each host."""
+        cores, by_host = self.cores(), dict[str, list[str]]()
+        for name, kind in self.kinds.items():
+            by_host.setdefault(kind["host"], []).append(name)
+        groups: list[list[list[str]]] = []
+        for host, names in by_host.items():
+            size = max(1, cores[host] // max(self.kinds[name]["threads"] for name in names))
+            groups.append([names[start : start + size] for start in range(0, len(names), size)])
+        return [[name for group in wave for name in group] for wave in zip_longest(*groups, fillvalue=[])]
 
     def cores(self) -> dict[str, int]:
         """Cores of each host that its workers may run on."""
@@ -226,7 +248,15 @@ class Session:
                 by_hosts.setdefault(tuple(sorted(self.kinds[name]["host"] for name in pair)), pair)
             ordered = sorted(by_hosts.items(), key=lambda item: (item[0][0] != item[0][1], item[0]))
             pairs = [pair for _, pair in ordered[:_MOST_PAIRS]]
-        return {pair: meter.link(*pair, Overheads(devices[pair[0]].overhead, devices[pair[0]].hop)) for pair in pairs}
+        found: dict[tuple[str, str], Link] = {}
+        handled: dict[bool, tuple[float, float]] = {}  # by whether the devices are of one host
+        for pair in pairs:
+            near = self.kinds[pair[0]]["host"] == self.kinds[pair[1]]["host"]
+            if near not in handled:
+                handled[near] = meter.handling_between(*pair, devices[pair[0]].handling)
+            own = Overheads(devices[pair[0]].overhead, devices[pair[0]].hop)
+            found[pair] = Link(*meter.link(*pair, own), *handled[near])
+        return found
 
 
 def slower(device: Device, factor: float) -> Device:
@@ -283,4 +313,4 @@ def _sound(value: Any, zero: bool = False) -> float:
 def _typical(links: list[Link]) -> Link | None:
     if not links:
         return None
-    return Link(median(link.latency for link in links), median(link.bandwidth for link in links))
+    return Link(*(median(own) for own in zip(*map(astuple, links), strict=True)))
