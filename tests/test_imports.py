@@ -38,6 +38,7 @@ TORCH = (
     "daggc/frontend/",
     "daggc/backend/codegen.py",
     "daggc/backend/kernels/",  # what generated code calls
+    "daggc/backend/inductor.py",  # compiles generated code
     "daggc/backend/local.py",  # runs generated code in this process
     "daggc/backend/serializers.py",
     "daggc/runtime/",
@@ -45,6 +46,7 @@ TORCH = (
 DASK = (
     "daggc/backend/dask_graph.py",
     "daggc/backend/dask_submission.py",
+    "daggc/backend/whole_step.py",
     "daggc/backend/serializers.py",
     "daggc/runtime/",
 )

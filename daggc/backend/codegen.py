@@ -19,6 +19,7 @@ from typing import cast
 import torch
 
 from daggc.backend import kernels
+from daggc.backend.inductor import inductor
 from daggc.backend.inplace import in_place, written
 from daggc.errors import DaggcError, IRError, RunError, located
 from daggc.ir.graph import Graph, Node, Value
@@ -69,20 +70,27 @@ _CACHE: OrderedDict[str, Compiled] = OrderedDict()
 _CACHE_SIZE = 1024  # functions kept in one process, the latest used
 
 
-def compile_graph(graph: Graph, donated: Sequence[int] = ()) -> Compiled:
+def compile_graph(graph: Graph, donated: Sequence[int] = (), codegen: str = "torch") -> Compiled:
     """The function of a graph; graphs of one structure share it.
 
     Args:
         donated: positions of inputs that the function may overwrite; see :func:`daggc.backend.inplace.in_place`.
+        codegen: ``inductor`` passes the code through ``torch.compile``; see :mod:`daggc.backend.inductor`.
     """
-    key = graph.structure() + "".join(f" {at}" for at in donated)
+    key = graph.structure() + "".join(f" {at}" for at in donated) + ("" if codegen == "torch" else f" {codegen}")
     if key not in _CACHE:
         source = generate(graph, donated)
         filename = f"<daggc {graph.name} {key}>"
-        scope: dict[str, object] = {"torch": torch, "kernels": kernels}
-        exec(compile(source, filename, "exec"), scope)
+
+        def build(namespace: object) -> Callable[..., tuple[torch.Tensor, ...]]:
+            scope: dict[str, object] = {"torch": torch, "kernels": namespace}
+            exec(compile(source, filename, "exec"), scope)
+            return cast(Callable[..., tuple[torch.Tensor, ...]], scope[_function_name(graph)])
+
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        function = cast(Callable[..., tuple[torch.Tensor, ...]], scope[_function_name(graph)])
+        function = build(kernels)
+        if codegen == "inductor":
+            function = inductor(graph, function, build)
         _CACHE[key] = Compiled(graph, source, filename, function)
         if len(_CACHE) > _CACHE_SIZE:
             _, oldest = _CACHE.popitem(last=False)

@@ -5,7 +5,8 @@ The result of a call is the tuple of its outputs. It stays on its worker, with t
 of their program, not the program. Everything here is a function of its arguments: the same graph and token
 give the same tasks, whatever the hash seed.
 
-This and ``dask_submission.py`` are the only files that know Dask's task classes (``dask._task_spec`` is private).
+This, ``dask_submission.py`` and ``whole_step.py`` are the only files that know Dask's task classes
+(``dask._task_spec`` is private).
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def emit(
 COMMITTED = ("param", "state", "buffer")
 
 
-class _Dependencies(dict[str, int]):
+class Dependencies(dict[str, int]):
     """Keys of tasks a task depends on -> their positions."""
 
     def at(self, key: str) -> int:
@@ -251,7 +252,7 @@ class _Emitter:
     def call(self, position: int, node: Node) -> None:
         """Add the task of a call."""
         device = str(node.attrs["device"])
-        dependencies = _Dependencies()
+        dependencies = Dependencies()
         call = self.described(node, dependencies)
         if device in self.after and any(isinstance(argument, Resident) for argument in call.arguments):
             dependencies.at(self.after[device].key)
@@ -264,7 +265,7 @@ class _Emitter:
         self.keys[call.name] = key
         self.found.update((value.name, Found(key, index)) for index, value in enumerate(node.outputs))
 
-    def described(self, node: Node, dependencies: _Dependencies) -> Call:
+    def described(self, node: Node, dependencies: Dependencies) -> Call:
         callee = str(node.attrs["callee"])
         arguments = tuple(dependencies.argument(self.found[value.name]) for value in node.inputs)
         name = str(node.attrs.get("task", callee))
@@ -280,7 +281,7 @@ class _Emitter:
         last = self.last_tasks()
         done = {device: self.done(device, keys, number) for number, (device, keys) in enumerate(last.items())}
         for number, device in enumerate(sorted(homes | set(self.deferred))):
-            dependencies = _Dependencies()
+            dependencies = Dependencies()
             if device in self.after:
                 dependencies.at(self.after[device].key)
             nodes = self.deferred.get(device, [])

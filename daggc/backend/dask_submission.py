@@ -17,7 +17,7 @@ from dask._expr import LLGExpr
 from dask._task_spec import DataNode, GraphNode, Task
 from distributed.protocol.serialize import deserialize_bytes, serialize_bytes
 
-_REPEATED = 4096  # bytes up to which a value is part of every task that reads it, not a task that they wait for
+REPEATED = 4096  # bytes up to which a tensor is part of every task that reads it, not a task that they wait for
 
 
 class Submission(LLGExpr):
@@ -40,9 +40,10 @@ def packed(tasks: Mapping[str, GraphNode], wanted: Collection[str]) -> dict[str,
     Args:
         wanted: keys that stay tasks of their own, whatever they are.
     """
-    data = {
-        key: serialize_bytes(node.value, compression=False) for key, node in tasks.items() if type(node) is DataNode
-    }
+    values = {key: node.value for key, node in tasks.items() if isinstance(node, DataNode)}
+    data = {key: serialize_bytes(value, compression=False) for key, value in values.items()}
+    # Of a tensor its own bytes count, without the header: what a step sends is told from its graph.
+    small = {key for key, value in values.items() if getattr(value, "nbytes", len(data[key])) <= REPEATED}
     readers = dict.fromkeys(data, 0)
     for node in tasks.values():
         for key in node.dependencies & readers.keys():
@@ -50,7 +51,7 @@ def packed(tasks: Mapping[str, GraphNode], wanted: Collection[str]) -> dict[str,
     inside: dict[Any, Any] = {
         key: Task(None, deserialize_bytes, value)
         for key, value in data.items()
-        if key not in wanted and readers[key] and (len(value) <= _REPEATED or readers[key] == 1)
+        if key not in wanted and readers[key] and (key in small or readers[key] == 1)
     }
     result: dict[str, GraphNode] = {}
     for key, node in tasks.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -23,7 +24,7 @@ def run_graph(
     ``donated``.
     """
     if not any(node.op == "call" for node in graph.nodes):
-        return compile_graph(graph, donated)(tensors, device)
+        return compile_graph(graph, donated, program.codegen)(tensors, device)
     values = {port.value.name: tensor for port, tensor in zip(graph.inputs, tensors, strict=True)}
     run_calls(program, graph.nodes, values, {port.value.name for port in graph.outputs}, device)
     return tuple(values[port.value.name] for port in graph.outputs)
@@ -36,6 +37,7 @@ def run_calls(
     wanted: Collection[str],
     device: Device,
     owned: Collection[str] = (),
+    ran: Callable[[Node, float], None] | None = None,
 ) -> None:
     """Run ``call`` and ``transfer`` nodes one after the other.
 
@@ -43,14 +45,18 @@ def run_calls(
         values: by name; results are added, and what no later node reads is dropped.
         wanted: names of values that are kept.
         owned: names of values whose memory the last call that reads them may overwrite.
+        ran: is told each call that has run, and when it began (seconds since the epoch).
     """
     last = {value.name: index for index, node in enumerate(nodes) for value in (*node.outputs, *node.inputs)}
     for index, node in enumerate(nodes):
         arguments = [values[value.name] for value in node.inputs]
+        start = time.time()
         if node.op == "call":
             last_reads = (at for at, value in enumerate(node.inputs) if last[value.name] == index)
             donated = [at for at in last_reads if (name := node.inputs[at].name) in owned and name not in wanted]
             results = run_graph(program, program[str(node.attrs["callee"])], arguments, device, donated)
+            if ran is not None:
+                ran(node, start)
         else:
             results = (arguments[0],)
         del arguments

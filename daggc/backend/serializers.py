@@ -9,6 +9,8 @@ channels_last). Importing this module registers the handlers, on the client and 
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from contextvars import ContextVar
 from typing import Any
 
 import distributed.protocol.torch  # noqa: F401  # Dask's handlers register first, then ours replace them
@@ -19,16 +21,24 @@ from distributed.protocol import dask_deserialize, dask_serialize
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+receiver: ContextVar[str] = ContextVar("daggc_receiver", default="")  # for whom tensors are packed, where that is known
+
+
 class _Sent:
-    """Bytes of tensors that this process has packed; several threads pack at once."""
+    """Bytes of tensors that this process has packed, by receiver; several threads pack at once."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.nbytes = 0
+        self.nbytes: Counter[str] = Counter()
 
     def add(self, nbytes: int) -> None:
         with self.lock:
-            self.nbytes += nbytes
+            self.nbytes[receiver.get()] += nbytes
+
+    def take(self) -> dict[str, int]:
+        with self.lock:
+            taken, self.nbytes = self.nbytes, Counter()
+        return dict(taken)
 
 
 _sent = _Sent()
@@ -36,9 +46,12 @@ _sent = _Sent()
 
 def take_sent() -> float:
     """Bytes of tensors that this process has packed to send since the last call."""
-    with _sent.lock:
-        nbytes, _sent.nbytes = _sent.nbytes, 0
-    return float(nbytes)
+    return float(sum(_sent.take().values()))
+
+
+def take_sent_to() -> dict[str, int]:
+    """The same by receiver; see :func:`daggc.runtime.traffic.tell_receivers`."""
+    return _sent.take()
 
 
 @sizeof.register(torch.Tensor)

@@ -169,6 +169,8 @@ class Program:
         out_tree: the pytree of the result, whose leaves are the ``output`` ports in order.
         tied: other names of a parameter or buffer -> the one name that has a port.
         provenance: the passes that made this program, oldest first.
+        codegen: what makes code of the graphs: ``torch``, or ``inductor`` on top; says how they run, not what they
+            compute, and is not part of a file.
     """
 
     graphs: Mapping[str, Graph]
@@ -177,6 +179,7 @@ class Program:
     tied: Mapping[str, str] = field(default_factory=dict)
     provenance: tuple[str, ...] = ()
     version: int = IR_VERSION
+    codegen: str = "torch"
 
     def __getitem__(self, name: str) -> Graph:
         try:

@@ -47,8 +47,8 @@ class Comparison:
     Attributes:
         step: predicted seconds of a step; ``measured_step``: the median from the end of one step to that of the
             next, None with fewer than two steps.
-        moved: bytes that a step moves between devices; ``measured_moved``: of tensors, sent by workers. What goes to
-            one worker twice is sent once; the loss goes to the client.
+        moved: bytes of tensors that workers send in a step, to each other and to the client, which gets the loss;
+            ``measured_moved``: counted where they become bytes. The two are equal if every step did the same.
         memory: by device, predicted bytes at most; ``measured_memory``: what its process held more than before the
             state was put there, at most, where that could be told.
     """
@@ -96,7 +96,7 @@ def compare(
 
     Args:
         records: by device, as ``TrainStep.records()`` gives them.
-        moved: bytes of all transfers; ``measured_moved``: of tensors that a step sent.
+        moved: bytes of tensors that a step sends, as planned; ``measured_moved``: as counted.
     """
     expected: dict[tuple[str, str], list[float]] = {}
     for task in predicted.tasks:

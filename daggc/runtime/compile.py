@@ -25,6 +25,7 @@ def compile(
     stages: int | None = None,
     pins: Mapping[str, str] | None = None,
     split_backward: bool = False,
+    codegen: str = "torch",
 ) -> CompiledModule:
     """A module that runs ``model`` as a compiled program: in this process, or on the workers of a client.
 
@@ -40,11 +41,16 @@ def compile(
         pins: patterns of module paths (``blocks.0*``) -> device names.
         split_backward: make gradients of weights tasks of their own, so that gradients of activations leave
             a stage sooner.
+        codegen: ``inductor`` passes the code of each task through ``torch.compile``, here and on workers: faster
+            where elementwise ops take the time, equal to eager to rounding. It takes a C++ compiler, and seconds to
+            minutes at the first run. What cannot be compiled runs as usual; a warning says so.
 
     Raises:
-        RunError: the client has no workers, or its cluster does not answer.
+        RunError: the client has no workers, its cluster does not answer, or there is no such ``codegen``.
         PlanError: a device does not exist.
     """
+    if codegen not in ("torch", "inductor"):
+        raise RunError(f"codegen is 'torch' or 'inductor', got {codegen!r}")
     client = client or current_client()
     if client is None:
         if devices or pins or (stages or 1) > 1:
@@ -52,11 +58,11 @@ def compile(
                 "devices=, stages= and pins= place work on Dask workers, and there is no client: "
                 "open one first, as in client = distributed.Client(LocalCluster(n_workers=2))"
             )
-        return CompiledModule(model, LocalExecutor, None)
+        return CompiledModule(model, LocalExecutor, None, codegen)
     pool = measured_pool(pool_of(client, devices))
     shipments = Shipments()
 
     def make_executor(program: Program, wrt: Sequence[str] | None) -> Executor:
         return DaskExecutor(program, wrt, pool, shipments, stages=stages, pins=pins, split_backward=split_backward)
 
-    return CompiledModule(model, make_executor, pool)
+    return CompiledModule(model, make_executor, pool, codegen)

@@ -1,10 +1,10 @@
 """Worker processes on this machine, set up for pinned tasks on large tensors.
 
 Dask's defaults suit many small tasks of unknown cost. A plan is pinned and moves tensors of megabytes: work
-stealing and the profiler only cost time, and the nanny's allocator settings make every large tensor be mapped
-and faulted in anew. Dask's processes look 50 times a second whether their loops are alive: that alone was 5% of a core
-for a scheduler and two workers that did nothing. And they keep the last 1,000 messages of each stream, with the data in
-them, an hour of samples of the system and the last 100 computations.
+stealing and the profiler only cost time, copies of what steps send are needed where they are, and the nanny's allocator
+settings make every large tensor be mapped and faulted in anew. Dask's processes look 50 times a second whether their
+loops are alive: that alone was 5% of a core for a scheduler and two workers that did nothing. And they keep the last
+1,000 messages of each stream, with the data in them, an hour of samples of the system and the last 100 computations.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def dask_settings(threads: int = 1) -> dict[str, Any]:
     return {
         "distributed.nanny.pre-spawn-environ": worker_environment(threads),
         "distributed.scheduler.work-stealing": False,
+        "distributed.scheduler.active-memory-manager.start": False,
         "distributed.scheduler.worker-ttl": "30s",
         "distributed.scheduler.no-workers-timeout": "60s",
         "distributed.worker.profile.enabled": False,

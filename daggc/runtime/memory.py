@@ -17,6 +17,7 @@ from daggc.runtime.devices import own_device
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_SMALL = 1 << 20  # bytes
 
 
 def held_now() -> float:
@@ -67,6 +68,12 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def give_back_after(capture_of: torch.nn.Module) -> None:
+    """Return what capturing a model took, unless the model is so small that it is not worth the time."""
+    if sum(x.numel() * x.element_size() for x in capture_of.parameters()) > _SMALL:
+        give_back()
 
 
 def _status() -> dict[str, float]:

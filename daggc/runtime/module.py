@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor
 from daggc.runtime.lazy import Pullback, lazy_call, lazy_vjp
 from daggc.runtime.mapping import map_batches
+from daggc.runtime.memory import give_back_after
 from daggc.runtime.pool import Pool
 from daggc.runtime.thunk import Thunk
 from daggc.runtime.train import TrainStep, train_step
@@ -77,7 +78,9 @@ class CompiledModule(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, make_executor: MakeExecutor, pool: Pool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, make_executor: MakeExecutor, pool: Pool | None = None, codegen: str = "torch"
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise CaptureError(f"daggc.compile takes a torch.nn.Module, got a {type(model).__name__}")
         super().__init__()
@@ -85,6 +88,7 @@ class CompiledModule(nn.Module):
         # Set before the tables are shared: a submodule of one of these names would be lost.
         self._pool = pool
         self._make_executor = make_executor
+        self._codegen = codegen
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._parameters = model._parameters
         self._buffers = model._buffers
@@ -103,7 +107,7 @@ class CompiledModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """A copy of the model, compiled for the same place, nothing captured yet."""
-        return CompiledModule(copy.deepcopy(self.model, memo), self._make_executor, self._pool)
+        return CompiledModule(copy.deepcopy(self.model, memo), self._make_executor, self._pool, self._codegen)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RunError("a compiled module cannot be pickled; pickle its .model or its state_dict()")
@@ -179,7 +183,7 @@ class CompiledModule(nn.Module):
         )
 
     def _build(self, captured: Capture, wants: Sequence[bool]) -> Entry:
-        program = run(captured.program, pipeline(SIMPLIFY))
+        program = replace(run(captured.program, pipeline(SIMPLIFY)), codegen=self._codegen)
         forward = program.forward
         wrt = [f"param:{name}" for name in captured.trainable]
         wrt += [port.ref for port, want in zip(forward.inputs_of("input"), wants, strict=True) if want]
@@ -189,6 +193,7 @@ class CompiledModule(nn.Module):
         function = Differentiable(program, differentiable, self._make_executor) if differentiable else None
         executor = self._make_executor(program, ()) if function is None else function.executor
         fetch = tuple(self._fetch(port, captured) for port in forward.inputs)
+        give_back_after(self.model)
         return Entry(captured, program, forward.inputs, fetch, function, executor, tuple(wants))
 
     def _fetch(self, port: Port, captured: Capture) -> Fetch | None:
@@ -323,6 +328,7 @@ class CompiledModule(nn.Module):
             seed=seed,
             threads=threads,
             replan_after=replan_after,
+            codegen=self._codegen,
         )
 
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -164,18 +164,33 @@ def read_state(
     What the optimizer has not made yet is zeros, as its first step would have it. SGD keeps no count: a parameter
     that has a momentum counts as updated once, which makes no difference to any further step.
     """
+    tensors, counts = present_state(optimizer, groups, model)
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        for name in group.names:
+            for key in group.states:
+                ref = state_ref(key, name)
+                counts.setdefault(name, int(key == "momentum_buffer" and ref in tensors))
+                if ref not in tensors:
+                    tensors[ref] = torch.zeros_like(parameters[name]).detach()
+    return tensors, counts
+
+
+def present_state(
+    optimizer: torch.optim.Optimizer, groups: tuple[Group, ...], model: nn.Module
+) -> tuple[Tensors, dict[str, int]]:
+    """The state tensors that the optimizer has, by ref, and the counts that it keeps."""
     parameters = dict(model.named_parameters())
     tensors: Tensors = {}
     counts: dict[str, int] = {}
     for group in groups:
         for name in group.names:
             state: Mapping[str, Any] = optimizer.state.get(parameters[name], {})
-            momentum = state.get("momentum_buffer") is not None
-            counts[name] = int(state["step"]) if "step" in state else int(momentum)
+            if "step" in state:
+                counts[name] = int(state["step"])
             for key in group.states:
-                found = state.get(key)
-                tensor = torch.zeros_like(parameters[name]) if found is None else found
-                tensors[state_ref(key, name)] = tensor.detach()
+                if state.get(key) is not None:
+                    tensors[state_ref(key, name)] = state[key]
     return tensors, counts
 
 
@@ -199,8 +214,11 @@ def write_state(
                 optimizer.state.pop(parameter, None)
                 continue
             state = optimizer.state[parameter]
-            state.update((key, tensor.to(parameter.device)) for key, tensor in found.items())
-            if group.kind == "adamw":
+            for key, tensor in found.items():
+                state[key] = tensor if tensor.device == parameter.device else tensor.to(parameter.device)
+            if group.kind == "adamw" and isinstance(state.get("step"), torch.Tensor):
+                state["step"].fill_(counts[name])
+            elif group.kind == "adamw":
                 state["step"] = torch.tensor(float(counts[name]))
 
 

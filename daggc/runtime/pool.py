@@ -27,7 +27,8 @@ from daggc.backend.dask_submission import packed, submission
 from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
-from daggc.runtime.spans import keep_span_small, span_annotation
+from daggc.runtime.replicas import keep_replicas
+from daggc.runtime.spans import keep_records_small, span_annotation
 from daggc.runtime.streams import send_at_once
 from daggc.runtime.worker import COMPUTING, Facts, ProgramPlugin, describe, offer_computing, to_own_device
 
@@ -204,8 +205,9 @@ class Pool:
 def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
     """Ask all workers of a client what they are, and number them as devices.
 
-    From here on daggc uses the cluster: its streams send at once (:mod:`daggc.runtime.streams`), and what is recorded
-    of steps does not grow (:mod:`daggc.runtime.spans`).
+    From here on daggc uses the cluster: its streams send at once (:mod:`daggc.runtime.streams`), what is recorded
+    of steps does not grow (:mod:`daggc.runtime.spans`), and what they send is sent once
+    (:mod:`daggc.runtime.replicas`).
 
     Args:
         client: a ``distributed.Client``.
@@ -223,7 +225,8 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
     except (CommClosedError, OSError, TimeoutError) as wrong:
         raise RunError(f"the Dask cluster does not answer: {wrong}") from wrong
     send_at_once(client)
-    keep_span_small(client)
+    keep_records_small(client)
+    keep_replicas(client)
     if not facts:
         raise RunError("the Dask client has no workers; start some, or wait for them with client.wait_for_workers(n)")
     ordered = sorted(facts.values(), key=lambda fact: (_number(fact.name), fact.name, fact.address))

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from distributed import Future
 from distributed.comm.core import CommClosedError
+from torch.autograd.graph import increment_version
 
 from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, emit
 from daggc.backend.local import run_calls
 from daggc.backend.serializers import take_sent
+from daggc.backend.whole_step import emit_whole, only_device
 from daggc.errors import DaggcError, RunError, WorkerLostError
+from daggc.frontend.dtypes import ir_type
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
+from daggc.runtime.devices import device_of
 from daggc.runtime.memory import count_again, start_counting
 from daggc.runtime.pool import Pool
 from daggc.runtime.shipping import add_inputs
-from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
+from daggc.runtime.worker import Context, Record, put_state, read_state, run_step, run_task, run_update, take_records
 
 RESIDENT = ("param", "buffer", "constant", "state")
 Tensors = Mapping[str, torch.Tensor]
@@ -88,53 +91,80 @@ class Home(Protocol):
 
 
 class LocalHome:
-    """State in this process; a step runs when it is submitted."""
+    """State in this process: the model's and the optimizer's own tensors, which a step that is submitted writes to.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    What is changed in them between steps is seen by the next one. A step that fails before its updates changes
+    nothing; one that fails during them leaves the state broken, and every use raises why, until it is loaded again.
+    """
+
+    def __init__(self) -> None:
         self.version = 0
-        self._name = f"local-{uuid.uuid4().hex}"
-        weakref.finalize(self, store.drop, self._name)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._memory: set[int] = set()  # where the tensors are
+        self._device = torch.device("cpu")
+        self._broken: DaggcError | None = None
 
     def load(self, program: Program, tensors: Tensors, version: int) -> None:
-        store.put(self._name, version, tensors, self.device)
-        self.version = version
+        """See :class:`Home`. Raises RunError for a tensor that is not of the type that the program has."""
+        for port in program["step"].inputs_of(*RESIDENT):
+            wanted, got = port.value.type.with_(device=None), ir_type(tensors[port.ref])
+            if got != wanted:
+                raise RunError(f"the step was compiled for {port.ref!r} of type {wanted}, now it is {got}")
+        self._tensors = {ref: tensor.detach() for ref, tensor in tensors.items()}
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        self._device = device_of(tensors.values())
+        self.version, self._broken = version, None
 
     def submit(self, program: Program, inputs: Tensors) -> Pending:
         graph = program["step"]
-        state = store.get(self._name)
+        own = self.snapshot()
+        resident = {port.value.name: port.ref for port in graph.inputs_of(*RESIDENT)}
         values = {
-            port.value.name: state.read(port.ref, self.version)
-            if port.kind in RESIDENT
-            else inputs[port.ref].detach().to(self.device)
+            port.value.name: own[port.ref] if port.kind in RESIDENT else inputs[port.ref].detach()
             for port in graph.inputs
         }
+        values.update(
+            (name, tensor.to(self._device)) for name, tensor in values.items() if tensor.device != self._device
+        )
         wanted = {port.value.name for port in graph.outputs}
         # What fails before the updates changes nothing.
         updates = [node for node in graph.nodes if node.attrs.get("phase") == "update"]
         before = [node for node in graph.nodes if node.attrs.get("phase") != "update"]
         read_later = {value.name for node in updates for value in node.inputs}
-        run_calls(program, before, values, wanted | read_later, self.device)
-
-        owned = _alone(values, [port.value.name for port in graph.inputs_of("param")])
-
-        def compute() -> dict[str, torch.Tensor]:
-            # nobody will ask for the version before this one: parameters are written where they are
-            run_calls(program, updates, values, wanted, self.device, owned)
-            return {port.ref: values[port.value.name] for port in graph.outputs if port.kind != "output"}
-
-        state.update(self.version, compute)
+        run_calls(program, before, values, wanted | read_later, self._device)
+        results = {
+            port.ref: values[name]
+            for port in graph.outputs
+            if (name := port.value.name) in values and resident.get(name) != port.ref
+        }
+        results |= _inside(self._memory, results)
+        values |= _inside(self._memory, {name: values[name] for name in read_later if name not in resident})
+        try:
+            with torch.no_grad():
+                _write(own, results)  # new values of buffers, as eager does before parameters change
+                run_calls(program, updates, values, wanted, self._device, resident)
+                _write(own, {p.ref: values[p.value.name] for p in graph.outputs if p.ref not in results})
+                # fused kernels do not tell autograd that they write: a graph of the user's that kept a parameter
+                increment_version([own[port.ref] for port in graph.outputs_of("param")])
+        except BaseException as wrong:
+            self._broken = RunError(
+                f"an update failed and left the parameters between two steps; load a checkpoint to go on ({wrong})"
+            )
+            raise
         self.version += 1
-        return _Done({port.target: values[port.value.name] for port in graph.outputs if port.kind == "output"})
+        return _Done({port.target: results[port.ref] for port in graph.outputs_of("output")})
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        return store.snapshot(self._name, self.version)
+        """The state itself, no copy of it. Raises RunError if an update failed."""
+        if self._broken is not None:
+            raise RunError(str(self._broken))
+        return self._tensors
 
     def settle(self) -> None:
         """Nothing is under way."""
 
     def discard(self) -> None:
-        """Nothing is under way."""
+        self._broken = None
 
     def records(self) -> dict[str, list[Record]]:
         return {}
@@ -146,13 +176,19 @@ class LocalHome:
         return None
 
     def close(self) -> None:
-        store.drop(self._name)
+        self._tensors = {}
 
 
-def _alone(values: Tensors, names: Collection[str]) -> set[str]:
-    """Which of the named values lie in memory that none of the others is in."""
-    held = Counter(tensor.untyped_storage().data_ptr() for tensor in values.values())
-    return {name for name in names if name in values and held[values[name].untyped_storage().data_ptr()] == 1}
+def _inside(memory: set[int], found: Tensors) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that lie in the memory of the state, which is about to be written to."""
+    return {name: tensor.clone() for name, tensor in found.items() if tensor.untyped_storage().data_ptr() in memory}
+
+
+def _write(state: Tensors, new: Tensors) -> None:
+    """Put new values where the old are, unless they were computed there."""
+    for ref, tensor in new.items():
+        if ref in state and tensor.data_ptr() != state[ref].data_ptr():
+            state[ref].copy_(tensor)
 
 
 class _Done:
@@ -231,25 +267,28 @@ class WorkerHome:
         try:
             while len(self._pending) >= AHEAD:
                 self._pending[0].outputs()
-            if self.version % _CUT == 0:
+            if self._after and self.version % _CUT == 0:
                 self.settle()
         except BaseException:
             self.pool.cancel(sent)
             raise
         context = {device: Context(self._name, self.version, self.threads) for device in self.pool.addresses}
-        emission = merged(
-            emit(
+        if only_device(graph):
+            step = emit_whole(graph, key, token, sources, run_step, context=context)
+            emission = merged(step, data)
+            wanted = emission.outputs
+        else:
+            step = emit(
                 graph, key, token, sources, run_task, context=context, update=run_update, read=read_state,
                 after=self._after,
-            ),
-            data,
-        )  # fmt: skip
-        wanted = add_collection(emission, graph, ("output",), token)
+            )  # fmt: skip
+            emission = merged(step, data)
+            wanted = add_collection(emission, graph, ("output",), token)
         collectors = sorted({found.key for found in wanted.values()})
-        updates = [found.key for found in emission.updates.values()]
+        updates = [found.key for found in emission.updates.values() if found.key not in collectors]
         futures = self.pool.submit(emission, [*collectors, *updates])
         del sent  # the workers have it for as long as tasks will read it
-        self._after = dict(emission.updates)
+        self._after = {} if only_device(graph) else dict(emission.updates)
         self.version += 1
         step = _Submitted(
             self, self.version - 1, dict(zip(collectors, futures, strict=False)), futures[len(collectors) :], wanted

@@ -56,6 +56,7 @@ class Options:
     replicas: int | str = 1
     remat: str = AUTO
     partition: str = AUTO
+    codegen: str = "torch"
 
     @property
     def uncut(self) -> bool:
@@ -249,6 +250,7 @@ class StepBuilder:
                 times=cut.options(choice),
             )
         )
+        step = replace(step, program=replace(step.program, codegen=self.options.codegen))
         held = {f"constant:{name}": tensor for name, tensor in cut.captured.constants.items()}
         return StepProgram(step, cut.plan, self.cluster, None, cut.sizes, held, cut.captured.assigned)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,7 @@ class _Versions:
     version: int
     tensors: Mapping[str, torch.Tensor]
     previous: Mapping[str, torch.Tensor]
+    results: Tensors = field(default_factory=dict)
 
 
 class Store:
@@ -60,19 +61,38 @@ class Store:
 
         Raises RunError if the state is at neither of the two versions.
         """
+        self.step(version, dict, lambda _: (compute(), {}))
+
+    def step(
+        self,
+        version: int,
+        prepare: Callable[[], dict[str, torch.Tensor]],
+        compute: Callable[[dict[str, torch.Tensor]], tuple[Tensors, Tensors]],
+    ) -> Tensors:
+        """Make version + 1, unless that was done already; returns what else came of it, then as now.
+
+        Args:
+            prepare: changes nothing; where it fails, nothing has happened.
+            compute: gives, from what ``prepare`` gave, the new tensors and the other results.
+
+        Raises:
+            RunError: the state is at neither of the two versions.
+        """
         with self.lock:
             self._require_sound()
             state = self._state
             if state.version == version + 1:
-                return
+                return state.results
             if state.version != version:
                 raise RunError(f"an update of version {version} met version {state.version}")
+            prepared = prepare()
             try:
-                changed = compute()
+                changed, results = compute(prepared)
             except BaseException:
                 self.poisoned = True  # some of the optimizer's tensors may be new already
                 raise
-            self._state = _Versions(version + 1, {**state.tensors, **changed}, state.tensors)
+            self._state = _Versions(version + 1, {**state.tensors, **changed}, state.tensors, results)
+            return results
 
     def _require_sound(self) -> None:
         if self.poisoned:

@@ -17,11 +17,12 @@ from daggc.plan.device import Cluster, cluster_of, cpu_device
 from daggc.plan.plan import Plan
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from daggc.runtime.devices import device_of
+from daggc.runtime.memory import give_back_after
 from daggc.runtime.optimizers import (
     Counts,
     check_dtypes,
     learning_rates,
+    present_state,
     read_groups,
     read_state,
     set_learning_rate,
@@ -91,7 +92,7 @@ class TrainStep:
         cluster: Cluster = pool.cluster if pool else cluster_of([cpu_device(0)])
         self._builder = StepBuilder(model, call_with_loss(loss_fn), cluster, options)
         self._programs: dict[Any, StepProgram] = {}
-        self._home: Home = WorkerHome(pool, threads) if pool else LocalHome(device_of(model.parameters()))
+        self._home: Home = WorkerHome(pool, threads) if pool else LocalHome()
         self._loaded: tuple[tuple[str, str, int], ...] | None = None  # layout of the state where steps run
         self._aside: dict[str, torch.Tensor] = {}  # what the program that runs now has no use for
         self._steps = 0
@@ -108,8 +109,9 @@ class TrainStep:
     def __call__(self, *args: Any, **kwargs: Any) -> LazyLoss:
         """Submit a step on a batch; returns its loss, which may not be there yet.
 
-        Learning rates, and ``max_grad_norm``, are those of this moment. Changes to the model's own parameters
-        are not seen: the workers have the newest; see :meth:`sync` and :meth:`load_from_model`.
+        Learning rates, and ``max_grad_norm``, are those of this moment. In this process the step reads and writes
+        the model's own parameters and the optimizer's own state, as eager does. On workers, changes to them are not
+        seen: the workers have the newest; see :meth:`sync` and :meth:`load_from_model`.
 
         Raises:
             WorkerLostError: a worker of an earlier step is gone; load a checkpoint into a new train step.
@@ -125,6 +127,8 @@ class TrainStep:
         version = self.steps
         pending = self._home.submit(program.step.program, inputs)
         self._counts.add(version, program.updated)
+        if self.pool is None:  # the model has new parameters: the optimizer shall have the state that goes with them
+            write_state(self.optimizer, self._groups, self.model, self._home.snapshot(), self._counts.at(self.steps))
         for (path, name), value in program.assigned.items():
             setattr(self.model.get_submodule(path), name, value)
         self._same = self._same + 1 if program is self._current else 1
@@ -144,12 +148,16 @@ class TrainStep:
         if key not in self._programs:
             groups = [Group(str(i), g.names, g.kind, dict(g.options)) for i, g in enumerate(self._groups)]
             self._programs[key] = self._builder.build(batch, groups, clip)
+            give_back_after(self.model)
         return self._programs[key]
 
     def _settle_state(self, program: StepProgram) -> None:
         """Put the state where the program's plan has it, if it is not there."""
+        self._follow()
         if program.layout == self._loaded:
             return
+        if self.pool is None:
+            self._unload(self.steps)
         tensors = self._state()
         ports = program.step.graph.inputs_of(*RESIDENT)
         given = {port.ref: program.constants.get(port.ref, tensors.get(port.ref)) for port in ports}
@@ -165,6 +173,16 @@ class TrainStep:
         self._aside = {ref: tensor for ref, tensor in tensors.items() if ref not in given}
         self._loaded, self._steps = program.layout, steps
 
+    def _follow(self) -> None:
+        """In this process the model and the optimizer are the state: take it anew if their tensors are others now."""
+        if self.pool is None and self._loaded is not None:
+            held = {**self._aside, **self._home.snapshot()}
+            states, counts = present_state(self.optimizer, self._groups, self.model)
+            known = self._counts.at(self.steps)
+            moved = (not _same(held[ref], x) for ref, x in (self._model_tensors() | states).items() if ref in held)
+            if any(moved) or any(known.get(name, 0) != count for name, count in counts.items()):
+                self._unload(self.steps)
+
     def _state(self) -> dict[str, torch.Tensor]:
         """All weights, buffers and optimizer state, by port ref; of the workers, if they have been given them."""
         if self._loaded is not None:
@@ -175,8 +193,8 @@ class TrainStep:
         return {**self._model_tensors(), **states}
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
-        named = {f"param:{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
-        return named | {f"buffer:{name}": tensor.detach() for name, tensor in self.model.named_buffers()}
+        named: dict[str, torch.Tensor] = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
+        return named | {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
 
     def _inputs(self, program: StepProgram, batch: Batch) -> dict[str, torch.Tensor]:
         """The tensors of the step's ports that are not resident, by ref."""
@@ -200,21 +218,24 @@ class TrainStep:
         """Wait for all steps; write weights and buffers into the model, state into the optimizer.
 
         Training may go on as if nothing had happened, or elsewhere: with the optimizer itself, say; after that
-        :meth:`load_from_model` brings what it changed back.
+        :meth:`load_from_model` brings what it changed back. In this process both have the newest after each step.
         """
+        self._follow()
         if self._loaded is not None:
             self._write_back(self._state(), self._counts.at(self.steps))
 
     def _write_back(self, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
         with torch.no_grad():
             for ref, tensor in self._model_tensors().items():
-                tensor.copy_(tensors[ref])
+                if not _same(tensor, tensors[ref]):
+                    tensor.copy_(tensors[ref])
         write_state(self.optimizer, self._groups, self.model, tensors, counts)
 
     def load_from_model(self) -> None:
         """Take parameters, buffers and optimizer state from the model and optimizer, at the next step.
 
-        Waits for the steps under way, and raises what went wrong with them; called again, it goes on regardless.
+        In this process every step does. Waits for the steps under way, and raises what went wrong with them; called
+        again, it goes on regardless.
         """
         self._home.settle()
         self._home.discard()
@@ -229,6 +250,7 @@ class TrainStep:
 
         The state of a learning-rate scheduler is not in it.
         """
+        self._follow()
         tensors = self._state()
         meta = {
             "steps": self.steps,
@@ -321,10 +343,16 @@ class TrainStep:
         return result
 
     def close(self) -> None:
-        """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it."""
+        """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it (in this process: all)."""
         steps = self.steps
         self._home.close()
         self._unload(steps)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements in the same memory."""
+    placed = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return placed and one.dtype == other.dtype and one.shape == other.shape
 
 
 def _number(value: float) -> torch.Tensor:
@@ -350,6 +378,7 @@ def train_step(
     seed: int | None = None,
     threads: int = 0,
     replan_after: int | None = None,
+    codegen: str = "torch",
 ) -> TrainStep:
     """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
     for name, count in (("microbatches", microbatches), ("replicas", replicas)):
@@ -360,6 +389,6 @@ def train_step(
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
     options = Options(
-        microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition
+        microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition, codegen
     )  # fmt: skip
     return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads, replan_after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -14,12 +15,13 @@ import torch
 from distributed import WorkerPlugin
 
 import daggc
-from daggc.backend.codegen import compile_graph
-from daggc.backend.dask_graph import Argument, Call, Resident, Update
+from daggc.backend.dask_graph import COMMITTED, Argument, Call, Resident, Update
+from daggc.backend.local import run_calls, run_graph
 from daggc.backend.serializers import aligned
+from daggc.backend.whole_step import WholeStep
 from daggc.errors import RunError
 from daggc.frontend.opaque import register_functions
-from daggc.ir.graph import Program
+from daggc.ir.graph import Node, Program
 from daggc.runtime import store
 from daggc.runtime.devices import own_device
 from daggc.runtime.memory import resident_now
@@ -158,17 +160,59 @@ def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[in
     return (context.version + 1,)
 
 
+def run_step(step: WholeStep, context: Context, *dependencies: Any) -> dict[str, torch.Tensor]:
+    """The entry point of steps that are one task: run it, once; returns its outputs by ref."""
+    set_threads(context.threads)
+    program, device = _program(step.program), own_device()
+    graph = program[step.graph]
+    updates = [node for node in graph.nodes if node.attrs.get("phase") == "update"]
+    before = [node for node in graph.nodes if node.attrs.get("phase") != "update"]
+    wanted = {port.value.name for port in graph.outputs}
+
+    def prepare() -> dict[str, torch.Tensor]:
+        values = {
+            port.value.name: _argument(source, context, dependencies, device)
+            for port, source in zip(graph.inputs, step.arguments, strict=True)
+        }
+        read_later = {value.name for node in updates for value in node.inputs}
+        run_calls(program, before, values, wanted | read_later, device, ran=_ran)
+        return values
+
+    def compute(values: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        run_calls(program, updates, values, wanted, device, ran=_ran)
+        found = {port.ref: values[port.value.name] for port in graph.outputs}
+        state = {port.ref: found.pop(port.ref) for port in graph.outputs_of(*COMMITTED)}
+        return state, found
+
+    return dict(store.get(context.store).step(context.version, prepare, compute))
+
+
+def _ran(node: Node, start: float) -> None:
+    """Record a call that has run."""
+    device = own_device()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    attrs = node.attrs
+    name = str(attrs.get("task", attrs["callee"]))
+    _RECORDS.append(Record(sys.intern(name), int(attrs.get("microbatch", -1)), start, time.time()))
+
+
+def _program(key: str) -> Program:
+    """A program that was made known to this worker."""
+    if key not in _PROGRAMS:
+        raise RunError(f"this worker does not know program {key}; was its daggc plugin removed?")
+    return _PROGRAMS[key]
+
+
 def _run(call: Call, context: Context | None, dependencies: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    program = _PROGRAMS.get(call.program)
-    if program is None:
-        raise RunError(f"this worker does not know program {call.program}; was its daggc plugin removed?")
+    program = _program(call.program)
     device = own_device()
     start = time.time()
     inputs = [_argument(source, context, dependencies, device) for source in call.arguments]
-    results = compile_graph(program[call.callee])(inputs, device)
+    results = run_graph(program, program[call.callee], inputs, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    _RECORDS.append(Record(call.name, call.microbatch, start, time.time()))
+    _RECORDS.append(Record(sys.intern(call.name), call.microbatch, start, time.time()))
     return results
 
 

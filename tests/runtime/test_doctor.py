@@ -22,6 +22,7 @@ from daggc.runtime.doctor import Check, Diagnosis
 from daggc.runtime.doctor.checks import (
     check_allocator,
     check_gpus,
+    check_replicas,
     check_streams,
     check_threads,
     check_transfers,
@@ -199,3 +200,12 @@ def test_a_tensor_that_arrives_otherwise() -> None:
     assert "float16" in differs("bfloat16", made("float16"))
     assert "list" in differs("bool", [torch.ones(1)])
     assert check_transfers([("bool", ""), ("bfloat16", "gone")], "here").level == "bad"
+
+
+def test_copies_of_values_are_dropped_only_where_plugins_are_forbidden() -> None:
+    assert check_replicas(SCHEDULER).found == "those of steps are kept"
+    dropping = replace(SCHEDULER, drops_replicas=True)
+    found = check_replicas(dropping)
+    assert found.level == "ok" and "daggc keeps its own" in found.fix and not found.settings
+    found = check_replicas(replace(dropping, blocked=("register_scheduler_plugin",)))
+    assert found.level == "warn" and found.settings == {"distributed.scheduler.active-memory-manager.start": False}

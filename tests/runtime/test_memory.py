@@ -57,5 +57,4 @@ def test_peaks_and_bytes_moved_are_as_predicted() -> None:
     assert found.memory.keys() == found.measured_memory.keys()
     for device, predicted in found.memory.items():
         assert found.measured_memory[device] == pytest.approx(predicted, rel=0.3), str(found)
-    assert found.measured_moved is not None
-    assert 0.99 * found.moved < found.measured_moved < 1.3 * found.moved  # now and then Dask fetches one twice
+    assert found.measured_moved == found.moved

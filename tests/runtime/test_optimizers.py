@@ -71,12 +71,12 @@ def test_steps_then_eager_steps_then_steps(cls, options):
     assert_equal_numbers(got, wanted)
 
 
-def test_sync_copies():
+def test_sync_copies_from_workers(two_workers):
     """What the user then does to the model and optimizer does not reach the state of the training, until asked to."""
-    model, batches = mlp(), points([4] * 4)
+    model, batches = mlp(), points([4] * 3)
     wanted = eagerly(model, classify, adamw, batches)
     got = eagerly(model, classify, adamw, [])
-    step = daggc.compile(got.model).train_step(F.cross_entropy, got.optimizer)
+    step = daggc.compile(got.model, client=two_workers).train_step(F.cross_entropy, got.optimizer)
     for batch in batches:
         got.losses.append(float(step(*batch)))
         step.sync()
@@ -87,6 +87,7 @@ def test_sync_copies():
             for tensor in (got.model[0].weight.data, state["exp_avg"]):
                 tensor.fill_(float("nan"))
     assert_equal_numbers(got, wanted)
+    step.close()
 
 
 def test_a_state_dict_has_the_models_own_keys():

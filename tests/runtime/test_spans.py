@@ -1,15 +1,17 @@
-"""What Dask records of computations does not grow with the steps of a training."""
+"""What Dask remembers of tasks that are over does not grow with the steps of a training."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from dask.utils import key_split
 from distributed import Client, span
 from torch import nn
 
 import daggc
-from daggc.runtime.spans import ID
+from daggc.runtime.pool import pool_of
+from daggc.runtime.spans import ID, FewNames, forget_names
 
 
 def records(dask_scheduler: Any) -> tuple[int, int, int]:
@@ -45,3 +47,18 @@ def test_tasks_stay_in_a_span_of_the_user(two_workers: Client) -> None:
         return [own.name for own in dask_scheduler.extensions["spans"].spans.values() if own.groups]
 
     assert any("mine" in name for name in two_workers.run_on_scheduler(names))
+
+
+def test_kinds_of_keys_are_forgotten_when_there_are_many(two_workers: Client) -> None:
+    def looks(dask_worker: Any) -> bool:
+        return dask_worker.periodic_callbacks[FewNames.name].is_running()
+
+    pool_of(two_workers)
+    assert set(two_workers.run(looks).values()) == {True}
+    for number in range(6_000):
+        key_split(f"key-{number}")
+    forget_names()
+    assert key_split.cache_info().currsize == 0
+    key_split("key-1")
+    forget_names()
+    assert key_split.cache_info().currsize == 1

@@ -77,3 +77,26 @@ def test_what_is_put_is_copied_and_snapshots_are_of_one_version() -> None:
     store.drop("t")
     with pytest.raises(RunError, match="is not on this worker"):
         store.get("t")
+
+
+def test_a_step_that_runs_twice_gives_what_it_gave_first(held: store.Store) -> None:
+    runs: list[int] = []
+
+    def compute(prepared: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        runs.append(1)
+        return {"param:w": prepared["x"] + 1}, {"output:0": prepared["x"]}
+
+    given = [held.step(3, lambda: {"x": torch.full((2,), 4.0)}, compute) for _ in range(2)]
+    assert len(runs) == 1
+    assert held.version == 4
+    assert all(torch.equal(one["output:0"], torch.full((2,), 4.0)) for one in given)
+
+
+def test_a_step_that_fails_before_it_changes_anything_leaves_the_state_sound(held: store.Store) -> None:
+    def fails() -> dict[str, torch.Tensor]:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        held.step(3, fails, lambda prepared: (prepared, {}))
+    assert not held.poisoned
+    assert held.version == 3

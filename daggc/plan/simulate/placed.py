@@ -41,11 +41,20 @@ def simulate(
         runtime: what running tasks takes beside the tasks.
         memory: simulate memory too; without it, it is faster by half.
     """
+    seconds = seconds or _roofline(step, program, cluster)
+    if runtime.barrier and len({node.attrs["device"] for node in step.nodes}) == 1:
+        # Workers run it as one task: daggc/backend/whole_step.py.
+        runtime = replace(runtime, message=0.0)
+        seconds = _in_one_task(step, cluster, seconds)
+        handled = step.nodes[:1]
+    else:
+        handled = step.nodes
     sharing = _Sharing(cluster, runtime)
-    jobs = _jobs(step, cluster, seconds or _roofline(step, program, cluster), sharing, runtime.message)
+    jobs = _jobs(step, cluster, seconds, sharing, runtime.message)
     if runtime.barrier:
         _hold_updates(step, jobs)
-    done = _visible(run_jobs([*jobs, *_handling(step, jobs, sharing)], strict, sharing.capacity, runtime), len(jobs))
+    handling = _handling(step, handled, sharing)
+    done = _visible(run_jobs([*jobs, *handling], strict, sharing.capacity, runtime), len(jobs))
     if not memory:
         return done
     resident, buffers, workspace = _memory(step, program, runtime)
@@ -90,13 +99,20 @@ def _jobs(
     return jobs
 
 
-def _handling(step: Graph, jobs: Sequence[Job], sharing: _Sharing) -> list[Job]:
-    """What the machinery computes for each task and message, on cores that the tasks share."""
+def _in_one_task(step: Graph, cluster: Cluster, seconds: Callable[[Node], float]) -> Callable[[Node], float]:
+    """Times of calls that are one task: its overhead is the first one's."""
+    first = step.nodes[0]
+    overhead = cluster.device(str(first.attrs["device"])).overhead
+    return lambda node: seconds(node) - (overhead if node is not first else 0.0)
+
+
+def _handling(step: Graph, nodes: Sequence[Node], sharing: _Sharing) -> list[Job]:
+    """What the machinery computes for each of these tasks and messages, on cores that the tasks share."""
     makers = {value.name: index for index, node in enumerate(step.nodes) for value in node.outputs}
     readers = {value.name: index for index, node in reversed([*enumerate(step.nodes)]) for value in node.inputs}
     found: list[Job] = []
     messages: dict[tuple[int | str | None, int | None], list[int]] = {}  # values that go the same way go as one
-    for index, node in enumerate(step.nodes):
+    for index, node in enumerate(nodes):
         if node.op == "transfer":
             value = node.inputs[0]
             way = makers.get(value.name, value.type.device), readers.get(node.output.name)

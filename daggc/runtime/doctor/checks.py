@@ -68,7 +68,11 @@ def cluster_checks(
         check_gpus([(str(worker), worker.process) for worker in workers]),
     ]
     if scheduler is not None:
-        found += [check_streams(scheduler, workers, interval, mode), *scheduler_checks(scheduler)]
+        found += [
+            check_streams(scheduler, workers, interval, mode),
+            check_replicas(scheduler),
+            *scheduler_checks(scheduler),
+        ]
     return found
 
 
@@ -298,6 +302,22 @@ def scheduler_checks(scheduler: SchedulerFacts) -> list[Check]:
             settings={} if patience is not None else {"distributed.scheduler.no-workers-timeout": "60s"},
         ),
     ]
+
+
+def check_replicas(scheduler: SchedulerFacts) -> Check:
+    """What a step has sent to a worker is not dropped there before it is read, or will not be."""
+    forbidden = scheduler.drops_replicas and "register_scheduler_plugin" in scheduler.blocked
+    key = "distributed.scheduler.active-memory-manager.start"
+    return Check(
+        "copies of values",
+        "warn" if forbidden else "ok",
+        "Dask's memory manager drops them every 2 s" if scheduler.drops_replicas else "those of steps are kept",
+        "it drops what a task that is not yet ready has on its worker: the same bytes are sent again",
+        "nothing to set: daggc keeps its own when it takes the cluster into use (daggc.compile)"
+        if scheduler.drops_replicas and not forbidden
+        else "",
+        {key: dask_settings()[key]} if forbidden else {},
+    )
 
 
 def check_transfers(results: Sequence[tuple[str, str]], between: str) -> Check:

@@ -23,6 +23,7 @@ from distributed.system import MEMORY_LIMIT
 import daggc
 from daggc.backend import serializers  # noqa: F401  # registers how tensors travel, where this is asked
 from daggc.runtime.calibration.measure import Environment, environment
+from daggc.runtime.replicas import drops_replicas
 from daggc.runtime.streams import Intervals, scheduler_intervals, worker_interval
 
 PROBE = 1000  # f32 elements of the tensor whose size is asked
@@ -94,6 +95,7 @@ class SchedulerFacts:
         worker_ttl: seconds after which a silent worker is given up; None is never.
         no_workers_timeout: seconds after which a task that no worker may run fails; None is never.
         intervals: seconds for which messages are collected; those of other processes are 0.
+        drops_replicas: whether it drops copies of values that steps have sent.
         blocked: what it refuses to do.
     """
 
@@ -103,6 +105,7 @@ class SchedulerFacts:
     no_workers_timeout: float | None
     intervals: Intervals
     blocked: tuple[str, ...]
+    drops_replicas: bool = False
 
 
 def versions() -> dict[str, str]:
@@ -170,4 +173,5 @@ def scheduler_facts(dask_scheduler: Any) -> SchedulerFacts:
         no_workers_timeout=dask_scheduler.no_workers_timeout or None,
         intervals=Intervals(intervals["to_worker"], 0.0, intervals["to_client"], 0.0),
         blocked=tuple(sorted(dask_scheduler.blocked_handlers)),
+        drops_replicas=drops_replicas(dask_scheduler),
     )
