@@ -12,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
 from benchmarks.contenders import Command, Contender, WayError, in_turn
+from benchmarks.local import Row
 from benchmarks.report import PAGE, WORKERS, put_in_page, read_json, targets_table, ways_table, write_json
 from benchmarks.results import Results
 from benchmarks.two_workers import LossError, check_losses, groups, search
@@ -68,12 +69,13 @@ def test_pieces_add_up_in_the_file(tmp_path: Path) -> None:
         losses={"eager-2": [9.0], "daggc-any": [9.0]},
         notes={"compile-2": "not run: there is no g++"},
     )
-    write_json([{"case": "gpt"}], {"gpt": results}, file)
+    row = Row("gpt", 1, 20.0, 21.0, 1.05, 1.03, 100, 101, True)
+    write_json([row], {"gpt": results}, file)
     local, found = read_json(file)
-    assert local == [{"case": "gpt"}]
+    assert local == [row]
     assert found == {"gpt": results}
     text = ways_table("gpt", found["gpt"])
-    assert "| daggc, any plan | 2.100 | 1.050 | 9.00000 | replicas auto" in text
+    assert "| daggc, any plan | 2.100 | 1.050 | 9.00000 | replicas 2" in text
     assert "not run: there is no g++" in text
     assert "| 1.050 | 1.08 | 1 |" in targets_table(found)
 

@@ -14,7 +14,6 @@ from benchmarks.models import CASES
 from benchmarks.report import (
     LOCAL,
     WORKERS,
-    as_json,
     put_in_page,
     read_json,
     table,
@@ -30,7 +29,11 @@ from benchmarks.ways import STEPS, WAYS
 
 @click.command()
 @click.argument("cases", nargs=-1, type=click.Choice(sorted(CASES)))
-@click.option("--only", type=click.Choice(["local", "workers"]), help="In this process, or on two workers.")
+@click.option(
+    "--only",
+    type=click.Choice(["local", "workers", "tables"]),
+    help="In this process; on two workers; or only the tables of what is in --json.",
+)
 @click.option("--rounds", type=int, help="Each way is timed once a round; medians are shown. [local: 15, workers: 3]")
 @click.option(
     "--threads", default=[1], multiple=True, show_default=True, help="Of torch in this process; may be given twice."
@@ -58,28 +61,31 @@ def main(
     """Time CASES (all, if none is named): in this process eager PyTorch and daggc, in turn, with their memory; on two
     workers of one thread daggc, eager and other ways to use two cores. Pieces of a run add up in the file of --json."""
     local, found = read_json(out) if out else ([], {})
-    if only != "workers":
-        rows = in_process(cases, rounds or 15, threads)
-        measured = as_json(rows)
-        keys = {(row["case"], row["threads"]) for row in measured}
-        local = [row for row in local if (row["case"], row["threads"]) not in keys] + measured
-        if docs:
-            put_in_page(table(rows), LOCAL)
     try:
-        if only != "local":
+        if only in (None, "local"):
+            rows = in_process(cases, rounds or 15, threads)
+            keys = {(row.case, row.threads) for row in rows}
+            local = [row for row in local if (row.case, row.threads) not in keys] + rows
+        if only in (None, "workers"):
             names = ways.split(",") if ways else None
             for case in [case for case in cases or WAYS if case in WAYS]:
                 results = found.setdefault(case, Results())
                 on_workers(case, names, results, rounds or 3, steps or STEPS[case], only_search=searches, fresh=fresh)
-            click.echo(targets_table(found))
-            if docs:
-                put_in_page(workers_text(found), WORKERS)
     except (WayError, LossError) as wrong:
         click.echo(f"{type(wrong).__name__}: {wrong}", err=True)
         sys.exit(1)
     finally:
         if out is not None:
             write_json(local, found, out)
+    timed = {case: results for case, results in found.items() if results.rounds}
+    if only == "tables":
+        click.echo(f"{table(local)}\n\n{workers_text(timed)}")
+    elif timed:
+        click.echo(targets_table(timed))
+    if docs and local:
+        put_in_page(table(local), LOCAL)
+    if docs and timed:
+        put_in_page(workers_text(timed), WORKERS)
 
 
 def in_process(cases: Sequence[str], rounds: int, threads: Sequence[int]) -> list[Row]:

@@ -67,21 +67,24 @@ def workers_text(cases: Mapping[str, Results]) -> str:
     return "\n\n".join([*(ways_table(case, results) for case, results in cases.items()), targets_table(cases)])
 
 
-def read_json(path: Path) -> tuple[list[dict[str, Any]], dict[str, Results]]:
+def read_json(path: Path) -> tuple[list[Row], dict[str, Results]]:
     """What :func:`write_json` wrote: rows of this process, and results by case; nothing if there is no file."""
     found = json.loads(path.read_text()) if path.exists() else {"local": [], "workers": {}}
-    return found["local"], {case: Results(**own) for case, own in found["workers"].items()}
+    return [_row(own) for own in found["local"]], {case: Results(**own) for case, own in found["workers"].items()}
 
 
-def write_json(local: Sequence[Mapping[str, Any]], cases: Mapping[str, Results], path: Path) -> None:
+def write_json(local: Sequence[Row], cases: Mapping[str, Results], path: Path) -> None:
     """All figures, in one file that later runs add to."""
     workers = {case: results.as_json() for case, results in cases.items()}
-    path.write_text(json.dumps({"local": local, "workers": workers}, indent=1) + "\n")
+    path.write_text(json.dumps({"local": [_record(row) for row in local], "workers": workers}, indent=1) + "\n")
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of this process, with the ratio of memory."""
-    return [{**asdict(row), "memory": row.memory} for row in rows]
+def _record(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "memory": row.memory}
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    return Row(**{name: value for name, value in record.items() if name != "memory"})
 
 
 def put_in_page(text: str, part: str = LOCAL, page: Path = PAGE) -> None:

@@ -48,10 +48,10 @@ def _pipelined(schedule: str, *cuts: int) -> Settings:
 _PIPELINING = Way(
     "torch.distributed.pipelining, 2 processes",
     Command("pipelining", ranks=2),
-    {**_pipelined("ZBVZeroBubble", 2, 4, 6), "microbatches": 8},
+    {**_pipelined("ZBVZeroBubble", 3, 5, 7), "microbatches": 4},
     (
-        [_pipelined("ZBVZeroBubble", 2, 5, 7), _pipelined("ZBVZeroBubble", 3, 5, 7)],
-        [{"microbatches": 4}, {"microbatches": 16}],
+        [_pipelined("ZBVZeroBubble", 2, 4, 6), _pipelined("ZBVZeroBubble", 2, 5, 7)],
+        [{"microbatches": 8}, {"microbatches": 16}],
         [_pipelined("1F1B", 4), _pipelined("1F1B", 5), _pipelined("GPipe", 4), _pipelined("GPipe", 5)],
         [_pipelined("Interleaved1F1B", 2, 5, 7), _pipelined("InterleavedZeroBubble", 2, 5, 7)],
     ),
@@ -78,10 +78,10 @@ WAYS: Mapping[str, Mapping[str, Way]] = {
         ),
         "daggc-pipeline": Way(
             "daggc, a pipeline", Command("daggc_workers", ("2",)),
-            {"replicas": 1, "schedule": "zb-h2", "microbatches": 8},
+            {"replicas": 1, "schedule": "zb-h2", "microbatches": 4},
             (
-                [{"schedule": name, "microbatches": 8} for name in ("zb-2p", "zb-h1", "1f1b")],
-                [{"schedule": name, "microbatches": 4} for name in ("zb-h2", "zb-2p")],
+                [{"schedule": name} for name in ("zb-2p", "zb-h1", "1f1b")],
+                [{"microbatches": 8}, {"schedule": "zb-2p", "microbatches": 8}],
                 [_AUTO],
             ),
         ),
