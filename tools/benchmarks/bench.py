@@ -75,7 +75,7 @@ def main(
         click.echo(f"{type(wrong).__name__}: {wrong}", err=True)
         sys.exit(1)
     finally:
-        if out is not None:
+        if out is not None and only != "tables":
             write_json(local, found, out)
     timed = {case: results for case, results in found.items() if results.rounds}
     if only == "tables":
