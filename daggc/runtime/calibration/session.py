@@ -230,10 +230,12 @@ class Session:
         found: dict[str, dict[str, float]] = {}
         for host in {host: None for host in hosts if hosts.count(host) > 1}:
             name = self.names[hosts.index(host)]
-            alone = self.parts([name])[name]
+            # In turns: what else the machine does meanwhile strikes both.
+            alone, busy = [self.parts([name])[name]], [together[name], self.together()[name]]
+            alone.append(self.parts([name])[name])
             ratios = {
-                op_class: together[name][op_class] / seconds
-                for op_class, seconds in alone.items()
+                op_class: sum(own[op_class] for own in busy) / sum(own[op_class] for own in alone)
+                for op_class in alone[0]
                 if op_class != "view"
             }
             found[host] = {op_class: max(round(ratio, 3), 1.0) for op_class, ratio in sorted(ratios.items())}
