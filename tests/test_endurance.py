@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))
 
-from benchmarks.endurance import Block, growth, ratio, report, window  # noqa: E402
-from benchmarks.processes import Held  # noqa: E402
+from benchmarks.endurance import Block, growth, ratio, report, window  # noqa: E402  # tools are no package
+from benchmarks.processes import Held  # noqa: E402  # tools are no package
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -273,7 +273,8 @@ class WorkerHome:
             self.pool.cancel(sent)
             raise
         context = {device: Context(self._name, self.version, self.threads) for device in self.pool.addresses}
-        if only_device(graph):
+        whole = only_device(graph) is not None
+        if whole:
             step = emit_whole(graph, key, token, sources, run_step, context=context)
             emission = merged(step, data)
             wanted = emission.outputs
@@ -288,7 +289,7 @@ class WorkerHome:
         updates = [found.key for found in emission.updates.values() if found.key not in collectors]
         futures = self.pool.submit(emission, [*collectors, *updates])
         del sent  # the workers have it for as long as tasks will read it
-        self._after = {} if only_device(graph) else dict(emission.updates)
+        self._after = {} if whole else dict(emission.updates)
         self.version += 1
         step = _Submitted(
             self, self.version - 1, dict(zip(collectors, futures, strict=False)), futures[len(collectors) :], wanted

@@ -138,6 +138,16 @@ def test_workers_compile_too(two_workers):
     assert losses("inductor", two_workers, microbatches=2) == pytest.approx(
         losses("torch", two_workers, microbatches=2), rel=1e-4
     )
+    assert all(two_workers.run(compiled_here).values())
+
+
+def compiled_here():
+    """Whether this process runs compiled code, and has fallen back nowhere."""
+    from daggc.backend.codegen import _CACHE
+    from daggc.backend.inductor import _Inductor
+
+    found = [own.function for own in _CACHE.values() if isinstance(own.function, _Inductor)]
+    return bool(found) and all(function._compiled is not None for function in found)
 
 
 @pytest.mark.slow

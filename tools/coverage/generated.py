@@ -22,7 +22,7 @@ from properties import Broken, Judged
 from results import FOLDER, Row, Store, fingerprint, in_processes, make_rows, part_of
 from richness import Richness, compare, of_programs, table
 
-import daggc.passes  # noqa: F401  registers every pass
+import daggc.passes  # noqa: F401  # registers every pass
 from daggc.ir.graph import Program
 from daggc.ir.printer import print_program
 from daggc.testing.choices import Choices, Replayed, Seeded, shrink
