@@ -320,6 +320,7 @@ def explain(model: str, devices: str) -> None:
 @click.option("--loss", help="file.py:function(output, target); by default the model gives its own loss.")
 @click.option("--optimizer", type=click.Choice(("adamw", "adam", "sgd")), default="adamw", show_default=True)
 @click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--accumulate", default=1, show_default=True, help="Batches that are one step.")
 @click.option("--microbatches", type=_Count(), default=1, show_default=True)
 @click.option("--replicas", type=_Count(), default=1, show_default=True, help="Of every stage (data parallel).")
 @click.option("--schedule", type=click.Choice(("auto", *SCHEDULES)), default="1f1b", show_default=True)

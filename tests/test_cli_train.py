@@ -64,6 +64,15 @@ def test_on_workers_it_is_the_same(source: str) -> None:
     assert any("on 2 devices" in line for line in there)
 
 
+def test_several_batches_are_a_step(source: str, tmp_path: Path) -> None:
+    """Resumed in the middle of a pass over the data; batches of other sizes in one step."""
+    saved = tmp_path / "saved.safetensors"
+    whole = train(source, "--steps", 5, "--accumulate", 2)
+    first = train(source, "--steps", 2, "--accumulate", 2, "--save", saved)
+    assert first + train(source, "--steps", 5, "--accumulate", 2, "--resume", saved) == whole
+    assert whole != train(source, "--steps", 5)
+
+
 def test_an_example_batch_and_the_models_own_loss() -> None:
     example = Path(__file__).parents[1] / "ir_examples" / "gpt_block" / "model.py"
     result = CliRunner().invoke(main, ["train", f"{example}:factory", "--steps", "3", "--optimizer", "sgd"])
@@ -78,6 +87,7 @@ def test_an_example_batch_and_the_models_own_loss() -> None:
         (("--loss", "nowhere.py:loss"), "no file nowhere.py"),
         (("--batches", "{source}:nothing", "--loss", "{source}:loss"), "no batches"),
         (("--batches", "{source}:missing"), "no callable 'missing'"),
+        (("--accumulate", "0", "--loss", "{source}:loss"), "at least one batch"),
         (("--workers", "1", "--scheduler", "tcp://127.0.0.1:1"), "not both"),
         (("--resume", "nowhere.safetensors", "--loss", "{source}:loss"), "nowhere.safetensors"),
     ],

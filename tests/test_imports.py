@@ -46,7 +46,7 @@ TORCH = (
 DASK = (
     "daggc/backend/dask_graph.py",
     "daggc/backend/dask_submission.py",
-    "daggc/backend/whole_step.py",
+    "daggc/backend/lanes.py",
     "daggc/backend/serializers.py",
     "daggc/runtime/",
 )

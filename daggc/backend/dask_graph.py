@@ -5,7 +5,7 @@ The result of a call is the tuple of its outputs. It stays on its worker, with t
 of their program, not the program. Everything here is a function of its arguments: the same graph and token
 give the same tasks, whatever the hash seed.
 
-This, ``dask_submission.py`` and ``whole_step.py`` are the only files that know Dask's task classes
+This, ``dask_submission.py`` and ``lanes.py`` are the only files that know Dask's task classes
 (``dask._task_spec`` is private).
 """
 
@@ -86,6 +86,7 @@ class Emission:
         outputs: where each output port's value is, by ref; not those committed to a store.
         calls: keys of call tasks, in order.
         updates: for each device, the task that commits its new state.
+        lanes: these are all that computes, and see to it themselves that one computes at a time.
     """
 
     tasks: dict[str, Task | DataNode] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class Emission:
     outputs: dict[str, Found] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     updates: dict[str, Found] = field(default_factory=dict)
+    lanes: bool = False
 
 
 def emit(

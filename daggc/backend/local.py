@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from daggc.ir.graph import Graph, Node, Program
 
 Tensors = Sequence[torch.Tensor]
 Device = torch.device | str
+Action = TypeVar("Action")
 
 
 def run_graph(
@@ -47,21 +49,40 @@ def run_calls(
         owned: names of values whose memory the last call that reads them may overwrite.
         ran: is told each call that has run, and when it began (seconds since the epoch).
     """
-    last = {value.name: index for index, node in enumerate(nodes) for value in (*node.outputs, *node.inputs)}
-    for index, node in enumerate(nodes):
-        arguments = [values[value.name] for value in node.inputs]
+
+    def act(node: Node, arguments: Tensors, last: Collection[str]) -> Tensors:
+        if node.op != "call":
+            return arguments
         start = time.time()
-        if node.op == "call":
-            last_reads = (at for at, value in enumerate(node.inputs) if last[value.name] == index)
-            donated = [at for at in last_reads if (name := node.inputs[at].name) in owned and name not in wanted]
-            results = run_graph(program, program[str(node.attrs["callee"])], arguments, device, donated)
-            if ran is not None:
-                ran(node, start)
-        else:
-            results = (arguments[0],)
-        del arguments
-        values.update(zip((value.name for value in node.outputs), results, strict=True))
+        free = [at for at, value in enumerate(node.inputs) if value.name in last and value.name in owned]
+        results = run_graph(program, program[str(node.attrs["callee"])], arguments, device, free)
+        if ran is not None:
+            ran(node, start)
+        return results
+
+    steps = [(node, [v.name for v in node.inputs], [v.name for v in node.outputs]) for node in nodes]
+    in_turn(steps, values, wanted, act)
+
+
+def in_turn(
+    steps: Sequence[tuple[Action, Sequence[str], Sequence[str]]],
+    values: dict[str, torch.Tensor],
+    wanted: Collection[str],
+    act: Callable[[Action, Tensors, Collection[str]], Tensors],
+) -> None:
+    """Do one thing after the other, each on values that are there by then, and drop what no later one reads.
+
+    Args:
+        steps: what is to be done, the names of the values it reads, and of those it makes.
+        values: by name; what is made is added.
+        wanted: names of values that are kept.
+        act: does it: ``act(what, arguments, names of those that nobody needs any more)``.
+    """
+    last = {name: index for index, (_, reads, makes) in enumerate(steps) for name in (*makes, *reads)}
+    for index, (what, reads, makes) in enumerate(steps):
+        over = {name for name in (*reads, *makes) if last[name] == index and name not in wanted}
+        results = act(what, [values[name] for name in reads], over)
+        values.update(zip(makes, results, strict=True))
         del results
-        for value in (*node.inputs, *node.outputs):
-            if last[value.name] == index and value.name not in wanted:
-                values.pop(value.name, None)
+        for name in over:
+            values.pop(name, None)

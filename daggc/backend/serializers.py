@@ -31,9 +31,9 @@ class _Sent:
         self.lock = threading.Lock()
         self.nbytes: Counter[str] = Counter()
 
-    def add(self, nbytes: int) -> None:
+    def add(self, nbytes: int, to: str) -> None:
         with self.lock:
-            self.nbytes[receiver.get()] += nbytes
+            self.nbytes[to] += nbytes
 
     def take(self) -> dict[str, int]:
         with self.lock:
@@ -42,6 +42,11 @@ class _Sent:
 
 
 _sent = _Sent()
+
+
+def count_sent(nbytes: int, to: str) -> None:
+    """Count bytes of tensors that go to a worker without being packed here."""
+    _sent.add(nbytes, to)
 
 
 def take_sent() -> float:
@@ -68,11 +73,8 @@ def serialize_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], list[memoryv
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.device.type != "cpu":  # also a copy to where it is lets another thread take the interpreter, for 5 ms
         plain = plain.cpu()
-    memory_format = _FORMATS.get(plain.dim(), torch.contiguous_format)
-    channels_last = memory_format is not torch.contiguous_format and not plain.is_contiguous()
-    if not (channels_last and plain.is_contiguous(memory_format=memory_format)):
-        channels_last = False
-        plain = plain.contiguous()
+    plain = laid_out(plain)
+    channels_last = not plain.is_contiguous()
     header = {
         "dtype": str(plain.dtype).removeprefix("torch."),
         "shape": tuple(plain.shape),
@@ -83,10 +85,18 @@ def serialize_tensor(tensor: torch.Tensor) -> tuple[dict[str, Any], list[memoryv
     if channels_last:
         plain = plain.permute(0, *range(2, plain.dim()), 1)
     flat = plain.reshape(-1)
-    _sent.add(plain.nbytes)
+    _sent.add(plain.nbytes, receiver.get())
     if flat.numel() == 0:
         return header, []
     return header, [flat.view(torch.uint8).numpy().data]
+
+
+def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it arrives elsewhere: in channels_last if it is in that, else contiguous."""
+    channels_last = _FORMATS.get(tensor.dim())
+    if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
+        return tensor
+    return tensor.contiguous()
 
 
 @dask_deserialize.register((torch.Tensor, torch.nn.Parameter))

@@ -4,7 +4,8 @@ Numbers that may change from step to step (the learning rate, the number of the 
 are f64 scalars among the inputs, so a schedule of learning rates recompiles nothing; what is fixed for a group of
 parameters (momentum, betas, weight decay) is attributes. The meaning is that of ``torch.optim``'s single-tensor
 algorithms. ``donate=True`` allows generated code to write new optimizer state into the old state's memory; a
-parameter is always new, since forward tasks may still read the old one.
+parameter is always new, since forward tasks may still read the old one. An update may have a last input, ``finite``:
+where it is false, the step is skipped, and parameter and state stay as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from daggc.ir.attrs import Attrs
 from daggc.ir.builder import Builder
 from daggc.ir.graph import Node, Value
 from daggc.ir.types import TensorType
+from daggc.ops.loss_scale import FLAG
 from daggc.ops.opdef import (
     NOT_DIFFERENTIABLE,
     Arg,
@@ -44,18 +46,23 @@ def adamw_states(amsgrad: bool) -> tuple[str, ...]:
 
 
 def _infer_update(states: Callable[[Attrs], Sequence[str]], options: Sequence[str]):
-    """``(param, grad, *states, lr, step) -> (param, *states)``, all but the scalars of one type."""
+    """``(param, grad, *states, lr, step) -> (param, *states)``, all but the scalars of one type; then ``finite``."""
 
     def infer(inputs: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         for name in options:
             require(isinstance(attrs[name], bool | int | float), f"{name} is a number, got {attrs[name]!r}")
         names = states(attrs)
         wanted = f"param, grad, {', '.join((*names, 'lr', 'step'))}"
-        require(len(inputs) == 4 + len(names), f"{4 + len(names)} inputs ({wanted}) are required, got {len(inputs)}")
-        *tensors, lr, step = inputs
+        tensors, scalars = inputs[: 2 + len(names)], inputs[2 + len(names) :]
+        require(
+            len(scalars) in (2, 3),
+            f"{4 + len(names)} inputs ({wanted}), or one more (finite), are required, got {len(inputs)}",
+        )
+        lr, step, *finite = scalars
         require(tensors[0].is_float, f"a parameter of real numbers is required, got {tensors[0]}")
         require(len(set(tensors)) == 1, "param, grad and states are of one type")
         require(lr == step == SCALAR, f"lr and step are {SCALAR}")
+        require(not finite or finite[0] == FLAG, f"finite is {FLAG}")
         return (tensors[0],) * (1 + len(names))
 
     return infer
@@ -81,12 +88,34 @@ def _decayed(param: np.ndarray, grad: np.ndarray, attrs: Attrs) -> np.ndarray:
     return grad + attrs["weight_decay"] * param if attrs["weight_decay"] else grad
 
 
+_Arrays = tuple[np.ndarray, ...]
+
+
+def _conditional(node: Node) -> bool:
+    """Whether the update has the input ``finite``."""
+    return len(node.inputs) == len(node.outputs) + 4
+
+
+def _unless_skipped(update: Callable[..., _Arrays]) -> Callable[..., _Arrays]:
+    """An update's meaning, with that of ``finite``."""
+
+    def evaluate(node: Node, *arrays: np.ndarray) -> _Arrays:
+        if not _conditional(node):
+            return update(node, *arrays)
+        *given, finite = arrays
+        param, _, *states = given[:-2]
+        return update(node, *given) if finite else (param, *states)
+
+    return evaluate
+
+
 # --- SGD ----------------------------------------------------------------------------------------------
 
 SGD_OPTIONS = ("momentum", "dampening", "nesterov", "weight_decay", "maximize", "donate")
 
 
-def _evaluate_sgd(node: Node, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+@_unless_skipped
+def _evaluate_sgd(node: Node, *arrays: np.ndarray) -> _Arrays:
     attrs = node.attrs
     param, grad, *state = map(_wide, arrays[:-2])
     lr, step = float(arrays[-2]), float(arrays[-1])
@@ -105,6 +134,7 @@ def sgd_update(
     states: Sequence[Value],
     lr: Value,
     step: Value,
+    finite: Value | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -113,9 +143,12 @@ def sgd_update(
     maximize: bool = False,
     donate: bool = False,
 ) -> tuple[Value, ...]:
-    """The new parameter and momentum buffer, as ``torch.optim.SGD``. On step 1 the buffer becomes the gradient."""
+    """The new parameter and momentum buffer, as ``torch.optim.SGD``. On step 1 the buffer becomes the gradient.
+
+    ``finite``: a bool[] that is false where the step is skipped.
+    """
     return b.emit_many(
-        "sgd_update", param, grad, *states, lr, step,
+        "sgd_update", param, grad, *states, lr, step, *([] if finite is None else [finite]),
         momentum=float(momentum), dampening=float(dampening), nesterov=nesterov, weight_decay=float(weight_decay),
         maximize=maximize, donate=donate,
     )  # fmt: skip
@@ -124,14 +157,19 @@ def sgd_update(
 def _lower(function: str, options: Sequence[str]) -> Callable[[Node, Sequence[str]], str]:
     def lower(node: Node, args: Sequence[str]) -> str:
         given = ", ".join(f"{name}={node.attrs[name]!r}" for name in options)
+        finite = args[-1] if _conditional(node) else ""
+        args = args[:-1] if finite else args
         call = f"kernels.{function}({', '.join(args)}, {given})"
-        return call if len(node.outputs) > 1 else f"{call}[0]"
+        param, _, *states = args[:-2]
+        call, kept = (call, f"({param}, {', '.join(states)})") if states else (f"{call}[0]", param)
+        return f"({call} if {finite} else {kept})" if finite else call
 
     return lower
 
 
 _SCALAR = Arg(SCALAR, "positive")
 _STEP = Arg(SCALAR, "count")
+_FINITE = Arg(FLAG, "bool")
 _PLAIN = dict.fromkeys(SGD_OPTIONS, 0.0) | {"nesterov": False, "maximize": False, "donate": False}
 
 register(
@@ -150,7 +188,7 @@ register(
                 (*(Arg(t(3, 4)),) * 3, _SCALAR, _STEP),
                 {**_PLAIN, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "maximize": True},
             ),
-            Sample((*(Arg(t(5)),) * 3, _SCALAR, _STEP), {**_PLAIN, "momentum": 0.9, "nesterov": True}),
+            Sample((*(Arg(t(5)),) * 3, _SCALAR, _STEP, _FINITE), {**_PLAIN, "momentum": 0.9, "nesterov": True}),
         ),
     )
 )
@@ -165,7 +203,8 @@ def _lerp(start: np.ndarray, end: np.ndarray, weight: float) -> np.ndarray:
     return start + weight * (end - start) if weight < 0.5 else end - (end - start) * (1 - weight)
 
 
-def _evaluate_adamw(node: Node, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+@_unless_skipped
+def _evaluate_adamw(node: Node, *arrays: np.ndarray) -> _Arrays:
     attrs = node.attrs
     param, grad, exp_avg, exp_avg_sq, *largest = map(_wide, arrays[:-2])
     lr, step = float(arrays[-2]), float(arrays[-1])
@@ -191,6 +230,7 @@ def adamw_update(
     states: Sequence[Value],
     lr: Value,
     step: Value,
+    finite: Value | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -203,10 +243,10 @@ def adamw_update(
 ) -> tuple[Value, ...]:
     """The new parameter and moments, as ``torch.optim.AdamW``, or ``Adam`` with ``decoupled=False``.
 
-    ``states`` are those of :func:`adamw_states`; ``step`` is 1 on the first step.
+    ``states`` are those of :func:`adamw_states`; ``step`` is 1 on the first step; ``finite`` as for :func:`sgd_update`.
     """
     return b.emit_many(
-        "adamw_update", param, grad, *states, lr, step,
+        "adamw_update", param, grad, *states, lr, step, *([] if finite is None else [finite]),
         beta1=float(beta1), beta2=float(beta2), eps=float(eps), weight_decay=float(weight_decay),
         decoupled=decoupled, amsgrad=amsgrad, maximize=maximize, donate=donate,
     )  # fmt: skip
@@ -229,7 +269,9 @@ register(
         samples=(
             Sample((*_MOMENTS, _SCALAR, _STEP), {**_ADAMW, **_FLAGS}),
             Sample((*_MOMENTS, _SCALAR, _STEP), {**_ADAMW, **_FLAGS, "decoupled": False, "maximize": True}),
-            Sample((*_MOMENTS, Arg(t(3, 4), "positive"), _SCALAR, _STEP), {**_ADAMW, **_FLAGS, "amsgrad": True}),
+            Sample(
+                (*_MOMENTS, Arg(t(3, 4), "positive"), _SCALAR, _STEP, _FINITE), {**_ADAMW, **_FLAGS, "amsgrad": True}
+            ),
         ),
     )
 )

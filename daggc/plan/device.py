@@ -105,12 +105,21 @@ class Link:
         bandwidth: bytes/s.
         handling: seconds of a core that a message takes at each end, on hosts whose cores are counted.
         copying: the same for each byte of it.
+        direct: what messages take that workers send each other in lanes (:mod:`daggc.backend.lanes`); None if it is
+            the same.
     """
 
     latency: float = 1e-3
     bandwidth: float = 1e9
     handling: float = 0.0
     copying: float = 0.0
+    direct: Link | None = None
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> Link:
+        """The link that ``astuple`` gave as plain data; fields at its end may be left out."""
+        numbers, direct = data[:4], data[4] if len(data) > 4 else None
+        return Link(*numbers, direct=direct and Link.from_json(direct))
 
     def seconds(self, nbytes: float) -> float:
         """Time of one transfer; none for nothing."""
@@ -192,10 +201,10 @@ class Cluster:
         within = data.get("link_within_host")
         return Cluster(
             tuple(Device(**device) for device in data["devices"]),
-            Link(*data["link"]),
-            {(source, target): Link(*link) for source, target, *link in data["links"]},
+            Link.from_json(data["link"]),
+            {(source, target): Link.from_json(link) for source, target, *link in data["links"]},
             dict(data["cores"]),
-            within and Link(*within),
+            within and Link.from_json(within),
         )
 
 

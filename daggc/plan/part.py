@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from daggc.errors import PlanError
@@ -38,12 +38,12 @@ class Step:
     Attributes:
         program: the graph ``step`` and the bodies of its calls.
         schedule: the order that its calls are in.
-        sizes: samples of each microbatch.
+        sizes: samples of each microbatch (and what else tells their parts apart).
     """
 
     program: Program
     schedule: Schedule
-    sizes: tuple[int, ...]
+    sizes: tuple[Hashable, ...]
 
     @property
     def graph(self) -> Graph:
@@ -59,13 +59,15 @@ class Step:
         return "\n".join(lines)
 
 
-def check_parts(parts: Mapping[int, Part], sizes: Sequence[int], stages: int) -> None:
+def check_parts(parts: Mapping[Hashable, Part], sizes: Sequence[Hashable], stages: int) -> None:
     """Raises PlanError if the parts of a step do not fit together, or there are fewer stages than they name."""
     if not sizes or not stages:
         raise PlanError("a step has microbatches and devices")
     missing = [size for size in sizes if size not in parts]
     if missing:
-        raise PlanError(f"there is no part for microbatches of {missing[0]} samples; there are {sorted(parts)}")
+        raise PlanError(
+            f"there is no part for microbatches of {missing[0]} samples; there are {', '.join(map(str, parts))}"
+        )
     first = parts[sizes[0]]
     summary = _summary(first)
     for size, part in parts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class FitOptions:
     Attributes:
         steps: how many in all, those before a checkpoint included.
         optimizer: a name of :data:`OPTIMIZERS`.
+        accumulate: so many batches are one step.
         save: path of the checkpoint written every ``every`` steps (0: only at the end) and at the end.
         resume: path of a checkpoint to go on from; batches that it has seen are passed over.
     """
@@ -39,6 +41,7 @@ class FitOptions:
     steps: int
     optimizer: str = "adamw"
     rate: float = 1e-3
+    accumulate: int = 1
     microbatches: int | str = 1
     replicas: int | str = 1
     schedule: str = "1f1b"
@@ -68,6 +71,8 @@ def fit(
     Raises:
         RunError: there are no batches, or the checkpoint is of another model.
     """
+    if options.accumulate < 1:
+        raise RunError(f"a step is of at least one batch, got accumulate={options.accumulate}")
     if options.optimizer not in OPTIMIZERS:
         raise RunError(f"an optimizer is one of {', '.join(OPTIMIZERS)}, got {options.optimizer!r}")
     torch.manual_seed(options.seed)
@@ -89,12 +94,12 @@ def fit(
         if waiting is not None and report is not None:
             report(waiting[0], float(waiting[1]), step)
 
-    for number, batch in enumerate(_endless(batches), 1):
-        if number > options.steps:
-            break
+    source = _endless(batches)
+    for number in range(1, options.steps + 1):
+        group = list(islice(source, options.accumulate))
         if number <= step.steps:
             continue
-        loss = step(batch) if isinstance(batch, Mapping) else step(*batch)
+        loss = step.accumulate(group)
         settle()  # the step before: the workers have the next one already
         waiting = (number, loss)
         if options.save is not None and options.every and number % options.every == 0:

@@ -273,12 +273,16 @@ class CompiledModule(nn.Module):
         seed: int | None = None,
         threads: int = 0,
         replan_after: int | None = None,
+        execution: str = "auto",
+        scaler: torch.amp.GradScaler | None = None,
     ) -> TrainStep:
-        """A function that trains the model on one batch: ``loss = step(x, target)``.
+        """A function that trains the model on a batch, ``loss = step(x, target)``, or on several.
+
+        For several, gradients are accumulated: :meth:`daggc.runtime.train.TrainStep.accumulate`.
 
         Forward, backward and update run where the plan puts them; parameters, gradients and optimizer state
-        never leave their worker. The numbers are those of eager PyTorch on the whole batch. Calls return at
-        once with a lazy loss; at most two steps are under way.
+        never leave their worker. The numbers are those of eager PyTorch on the whole batch, under the autocast
+        that is on at the call. Calls return at once with a lazy loss; at most two steps are under way.
 
         Args:
             loss_fn: ``loss_fn(model(*inputs), target)`` for ``step(*inputs, target)``. None for models that
@@ -306,6 +310,12 @@ class CompiledModule(nn.Module):
             threads: torch threads inside a task; 0 leaves what the workers have.
             replan_after: so many steps after the first of a plan, :meth:`~daggc.runtime.train.TrainStep.replan` is
                 called, once for each plan; None leaves that to you.
+            execution: ``graph`` makes every call of a step a task of Dask's. ``lanes`` makes one task of all that a
+                worker does of a step; workers then give each other activations and gradients directly. ``auto`` takes
+                lanes where they are predicted to be faster. The numbers are the same.
+            scaler: a ``torch.amp.GradScaler``, for steps under ``torch.autocast`` in float16. The step scales its loss,
+                skips the update where a gradient is infinite or NaN, and changes the scale, as the scaler would; do not
+                call the scaler's own methods for that. It has the newest scale after ``step.sync()``.
 
         Raises:
             RunError: the optimizer is of another class, or has parameters that are not the model's.
@@ -329,6 +339,8 @@ class CompiledModule(nn.Module):
             threads=threads,
             replan_after=replan_after,
             codegen=self._codegen,
+            execution=execution,
+            scaler=scaler,
         )
 
     def inputs(self, entry: Entry, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:

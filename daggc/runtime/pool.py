@@ -27,6 +27,7 @@ from daggc.backend.dask_submission import packed, submission
 from daggc.errors import DaggcError, PlanError, RunError, WorkerLostError
 from daggc.ir.graph import Program
 from daggc.plan.device import Cluster, Device, cluster_of, cpu_device, gpu_device
+from daggc.runtime.channel import install
 from daggc.runtime.replicas import keep_replicas
 from daggc.runtime.spans import keep_records_small, span_annotation
 from daggc.runtime.streams import send_at_once
@@ -68,7 +69,7 @@ class Pool:
         self._require_open()
         addresses = self.addresses
         anywhere = list(addresses.values())
-        computing = [*emission.calls, *(found.key for found in emission.updates.values())]
+        computing = [] if emission.lanes else [*emission.calls, *(found.key for found in emission.updates.values())]
         tasks = packed(emission.tasks, keys)
         annotations = {
             "workers": {
@@ -222,6 +223,7 @@ def pool_of(client: Any, devices: Sequence[str] | None = None) -> Pool:
     try:  # describing themselves, workers import this package, and with it how tensors travel
         facts: dict[str, Facts] = client.run(describe, on_error="raise")
         client.run(offer_computing, on_error="raise")
+        client.run(install, on_error="raise")
     except (CommClosedError, OSError, TimeoutError) as wrong:
         raise RunError(f"the Dask cluster does not answer: {wrong}") from wrong
     send_at_once(client)

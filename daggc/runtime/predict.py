@@ -44,4 +44,4 @@ def predict_step(
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     builder = StepBuilder(model, call_with_loss(loss_fn), cluster, options or Options())
     read = read_batch((batch,) if isinstance(batch, dict) else batch, {})
-    return builder.build(read, [Group("0", trained, kind, attrs)], False)
+    return builder.build([read], [Group("0", trained, kind, attrs)], False)

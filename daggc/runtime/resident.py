@@ -14,21 +14,21 @@ from distributed.comm.core import CommClosedError
 from torch.autograd.graph import increment_version
 
 from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, emit
+from daggc.backend.lanes import RESIDENT, emit_lanes
 from daggc.backend.local import run_calls
 from daggc.backend.serializers import take_sent
-from daggc.backend.whole_step import emit_whole, only_device
 from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.frontend.dtypes import ir_type
 from daggc.ir.graph import Program
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
 from daggc.runtime.devices import device_of
+from daggc.runtime.lanes import run_lane
 from daggc.runtime.memory import count_again, start_counting
 from daggc.runtime.pool import Pool
 from daggc.runtime.shipping import add_inputs
-from daggc.runtime.worker import Context, Record, put_state, read_state, run_step, run_task, run_update, take_records
+from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
 
-RESIDENT = ("param", "buffer", "constant", "state")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -54,8 +54,13 @@ class Home(Protocol):
         """Replace the state: every resident input of the program's ``@step``, by ref."""
         ...
 
-    def submit(self, program: Program, inputs: Tensors) -> Pending:
-        """Begin a step that makes the next version. ``inputs``: tensors of the other input ports, by ref."""
+    def submit(self, program: Program, inputs: Tensors, lanes: bool = False) -> Pending:
+        """Begin a step that makes the next version.
+
+        Args:
+            inputs: tensors of the other input ports, by ref.
+            lanes: on workers, run the part of each device as one task.
+        """
         ...
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -115,7 +120,7 @@ class LocalHome:
         self._device = device_of(tensors.values())
         self.version, self._broken = version, None
 
-    def submit(self, program: Program, inputs: Tensors) -> Pending:
+    def submit(self, program: Program, inputs: Tensors, lanes: bool = False) -> Pending:
         graph = program["step"]
         own = self.snapshot()
         resident = {port.value.name: port.ref for port in graph.inputs_of(*RESIDENT)}
@@ -223,6 +228,7 @@ class WorkerHome:
         self._devices: dict[str, str] = {}  # ref -> device of every resident tensor
         self._shipped: dict[int, str] = {}  # id of a program -> its key; programs are kept by their builder
         self._after: dict[str, Found] = {}
+        self._chained = False  # whether the step submitted last depends on the one before it
         self._pending: list[_Submitted] = []
         self._before: dict[str, float] = {}  # device -> bytes that its process held before the first state came
         self._counted = 0  # the version up to which what was sent is known
@@ -250,7 +256,7 @@ class WorkerHome:
         if self._broken is not None:
             raise type(self._broken)(str(self._broken))
 
-    def submit(self, program: Program, inputs: Tensors) -> Pending:
+    def submit(self, program: Program, inputs: Tensors, lanes: bool = False) -> Pending:
         graph = program["step"]
         self._check()
         key = self._ship(program)
@@ -267,15 +273,16 @@ class WorkerHome:
         try:
             while len(self._pending) >= AHEAD:
                 self._pending[0].outputs()
-            if self._after and self.version % _CUT == 0:
+            if self._chained and self.version % _CUT == 0:
                 self.settle()
         except BaseException:
             self.pool.cancel(sent)
             raise
         context = {device: Context(self._name, self.version, self.threads) for device in self.pool.addresses}
-        whole = only_device(graph) is not None
-        if whole:
-            step = emit_whole(graph, key, token, sources, run_step, context=context)
+        if lanes:
+            step = emit_lanes(
+                graph, key, token, sources, run_lane, context=context, addresses=self.pool.addresses
+            )  # fmt: skip
             emission = merged(step, data)
             wanted = emission.outputs
         else:
@@ -289,7 +296,8 @@ class WorkerHome:
         updates = [found.key for found in emission.updates.values() if found.key not in collectors]
         futures = self.pool.submit(emission, [*collectors, *updates])
         del sent  # the workers have it for as long as tasks will read it
-        self._after = {} if whole else dict(emission.updates)
+        self._after = dict(emission.updates)
+        self._chained = not lanes
         self.version += 1
         step = _Submitted(
             self, self.version - 1, dict(zip(collectors, futures, strict=False)), futures[len(collectors) :], wanted

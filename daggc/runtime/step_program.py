@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from daggc.backend.lanes import RESIDENT, devices_of
 from daggc.errors import CaptureError, IRError, PlanError
-from daggc.frontend.autocast import State, autocast_state
+from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_state
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
-from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, take_best
-from daggc.plan.bodies import Group
+from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, require_room, take_best
+from daggc.plan.bodies import Group, Scaling
 from daggc.plan.device import Cluster
 from daggc.plan.fuse import fused
+from daggc.plan.lanes import in_lanes
 from daggc.plan.outline import outline
 from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
@@ -32,14 +34,17 @@ from daggc.plan.simulate import Runtime, Simulation, simulate
 from daggc.plan.step import step_graph
 from daggc.plan.step_order import schedule_of, stage_times
 from daggc.runtime.batch import Batch
-from daggc.runtime.resident import AHEAD, RESIDENT
+from daggc.runtime.resident import AHEAD
 from daggc.runtime.shipping import checksum
 from daggc.runtime.traffic import sent, total
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
 _COLD = 4.0  # times a hop in a chain of tasks that do nothing takes one in a step (fitted, as in simulate/placed.py)
+_LANE = 5.0  # tasks' worth of handling that a lane takes with its inputs (17 ms of CPU for two, of a small GPT)
 _SLACK = 1.2  # bytes that glibc's heap takes for each byte of tensors in it, at the peak of a step
+_WORTH_LANES = 0.98  # of the time as a graph of tasks, which shows more of a step while it runs
+GRAPH, IN_LANES = "graph", "lanes"
 _PROCESS = 2e6  # bytes that a worker takes to run one more program, beside tensors
 
 
@@ -57,6 +62,7 @@ class Options:
     remat: str = AUTO
     partition: str = AUTO
     codegen: str = "torch"
+    execution: str = AUTO
 
     @property
     def uncut(self) -> bool:
@@ -73,9 +79,10 @@ class StepProgram:
         plan: how the model was cut, for the first microbatch's size.
         cluster: what it was planned for.
         exactness: why microbatches add up to the batch, or why it was not cut; None if one was asked for.
-        sizes: samples of each microbatch.
+        sizes: samples of each microbatch, of one batch after the other.
         constants: tensors of ``constant`` ports, by ref.
         assigned: the plain values that each step sets attributes of the model to, by module path and name.
+        lanes: whether each device's part is run as one task; see :mod:`daggc.backend.lanes`.
         tried: what else could have been chosen, and what it was predicted to take; what was chosen first.
     """
 
@@ -86,13 +93,15 @@ class StepProgram:
     sizes: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
     assigned: Mapping[tuple[str, str], Any]
+    lanes: bool
     tried: tuple[Tried, ...] = ()
 
     @cached_property
     def predicted(self) -> Simulation:
         """A step as it is expected to run, on Dask's workers."""
-        runtime = runtime_of(self.cluster)
-        return simulate(self.step.graph, self.step.program, self.cluster, strict=False, runtime=runtime)
+        cluster, runtime = self.cluster, runtime_of(self.cluster, self.lanes)
+        cluster = in_lanes(cluster) if self.lanes else cluster
+        return simulate(self.step.graph, self.step.program, cluster, strict=self.lanes, runtime=runtime)
 
     @property
     def moved(self) -> int:
@@ -115,7 +124,16 @@ class StepProgram:
         """The plan and its reasons, the order of the tasks, and how the batch is cut."""
         cut = "the batch is not cut" if self.exactness is None else str(self.exactness)
         tried = "\n".join(["Considered", *(f"  {one}" for one in self.tried)])
-        return "\n\n".join([self.plan.explain(), str(self.step), cut, tried, f"Predicted\n{self.predicted}"])
+        ran = f"{self._execution()}\n{self.predicted}"
+        return "\n\n".join([self.plan.explain(), str(self.step), cut, tried, f"Predicted\n{ran}"])
+
+    def _execution(self) -> str:
+        """How the step runs, and what the other way would take."""
+        if len(devices_of(self.step.graph)) == 1:
+            return "one device has the whole step, and runs it as one task"
+        ways = ("as a graph of tasks", "in lanes, a task for each device")
+        other = replace(self, lanes=not self.lanes).predicted
+        return f"{ways[self.lanes]}; {ways[not self.lanes]} it would take {other.makespan * 1e3:.4g} ms"
 
 
 @dataclass(frozen=True)
@@ -133,15 +151,18 @@ class _Cut:
 
     Attributes:
         sizes: samples of each microbatch.
-        parts: by size.
+        keys: which part each runs.
+        counts: the microbatches of each batch.
         devices: of each stage, or of its replicas.
         times: of the tasks of one microbatch; see :func:`daggc.plan.step_order.stage_times`.
     """
 
     sizes: tuple[int, ...]
+    keys: tuple[Hashable, ...]
+    counts: tuple[int, ...]
     captured: Capture
     plan: Plan
-    parts: Mapping[int, Part]
+    parts: Mapping[Hashable, Part]
     devices: tuple[tuple[str, ...], ...]
     times: Mapping[str, Any]
 
@@ -161,26 +182,30 @@ class StepBuilder:
         self._captures: dict[Any, Capture] = {}
         self._plans: dict[Any, Plan] = {}
         self._analyses: dict[Any, _Analysis] = {}
-        self._joints: dict[int, tuple[Microbatched, Graph]] = {}  # of the batch that is being built for
-        self._last: tuple[Batch, Sequence[Group], bool] | None = None
+        self._joints: dict[Any, tuple[Microbatched, Graph]] = {}  # of the batches that are being built for
+        self._last: tuple[State, Sequence[Batch], Sequence[Group], bool, Scaling | None] | None = None
 
-    def build(self, batch: Batch, groups: Sequence[Group], clip: bool) -> StepProgram:
-        """The step for a batch of this signature and size; with ``clip``, gradients are clipped.
+    def build(
+        self, batches: Sequence[Batch], groups: Sequence[Group], clip: bool, scaling: Scaling | None = None
+    ) -> StepProgram:
+        """The step for batches of these signatures and sizes; see :func:`daggc.plan.step.step_graph`.
 
         Raises:
             CaptureError: the model or loss cannot be captured.
-            PlanError: nothing fits the devices.
+            PlanError: nothing fits the devices, or the batches cannot be of one step.
         """
-        self._last = batch, groups, clip
+        self._last = autocast_state(), batches, groups, clip, scaling
         self._joints = {}
         wanted = self.options
-        analysis = None if wanted.uncut or batch.size == 1 else self._analyse(batch)
-        can_cut = analysis is not None and (analysis.result.exact or wanted.force)
-        cuttable = analysis if can_cut else None
+        single = all(batch.size == 1 for batch in batches)
+        analyses = () if wanted.uncut or single else tuple(self._analyse(batch) for batch in batches)
+        inexact = [one for one in analyses if not one.result.exact]
+        can_cut = bool(analyses) and (not inexact or wanted.force)
+        cuttable: Sequence[_Analysis | None] = analyses if can_cut else [None] * len(batches)
         choices = possible(
             len(self.cluster.devices),
-            batch.size if can_cut else 1,
-            microbatches=_at_least(wanted.microbatches, wanted.replicas) if can_cut or batch.size == 1 else 1,
+            max(batch.size for batch in batches) if can_cut else 1,
+            microbatches=_at_least(wanted.microbatches, wanted.replicas) if can_cut or single else 1,
             schedule=wanted.schedule,
             replicas=wanted.replicas if can_cut or wanted.replicas != AUTO else 1,
             stages=wanted.stages,
@@ -193,21 +218,30 @@ class StepBuilder:
         def cut(choice: Choice) -> _Cut:
             key = replace(choice, schedule=""), choice.turns(self._depth(choice))
             if key not in cuts:
-                cuts[key] = self._cut(batch, choice, cuttable)
+                cuts[key] = self._cut(batches, choice, cuttable)
             return cuts[key]
 
         def estimated(choice: Choice) -> float:
             own = cut(choice)
-            main, options = own.parts[own.sizes[0]].main, own.options(choice)
+            main, options = own.parts[own.keys[0]].main, own.options(choice)
             schedule = schedule_of(choice.schedule, own.devices, len(own.sizes), main, options)
             return estimate(schedule, own.times, own.devices, self.cluster)
 
         def simulated(choice: Choice) -> Simulation:
-            made[choice] = self._make(cut(choice), groups, clip, choice, cuttable)
+            made[choice] = self._make(cut(choice), groups, clip, scaling, choice, bool(inexact))
             return made[choice].predicted
 
         choice, tried = take_best(choices, estimated, simulated, self.cluster)
-        return replace(made[choice], exactness=analysis.result if analysis else None, tried=tried)
+        exactness = next((one.result for one in (*inexact, *analyses)), None)
+        best = replace(made[choice], exactness=exactness, tried=tried)
+        if wanted.execution != AUTO or len(devices_of(best.step.graph)) == 1:
+            return best
+        graph = replace(best, lanes=False)
+        try:
+            require_room(graph.predicted, self.cluster)
+        except PlanError:  # it keeps two versions of parameters; lanes one
+            return best
+        return best if best.predicted.makespan < _WORTH_LANES * graph.predicted.makespan else graph
 
     def use(self, cluster: Cluster) -> None:
         """Plan for these devices from now on."""
@@ -215,44 +249,82 @@ class StepBuilder:
         self._plans = {}
 
     def again(self, cluster: Cluster) -> StepProgram:
-        """What :meth:`build` made last, for other devices."""
+        """What :meth:`build` made last, for other devices, whatever autocast is on by now."""
         if self._last is None:
             raise PlanError("no step has been built yet")
         other = copy.copy(self)
         other.use(cluster)
-        return other.build(*self._last)
+        autocast, batches, groups, clip, scaling = self._last
+        with autocast_off(), autocast_of(autocast):
+            return other.build(batches, groups, clip, scaling)
 
-    def _cut(self, batch: Batch, choice: Choice, analysis: _Analysis | None) -> _Cut:
-        """The model as it is cut for a choice, whatever the order of tasks; with an analysis the batch may be cut."""
-        sizes = split_batch(batch.size, min(choice.microbatches, batch.size))
-        forwards = {size: self._differentiated(batch, size, analysis) for size in dict.fromkeys(sizes)}
-        captured = self._capture(batch, batch.size if analysis is None else analysis.result.batch)
-        plan = self._plan(batch, choice, captured.program, forwards[sizes[0]][0].forward)
-        parts = {size: self._part(batch, *own, plan, choice) for size, own in forwards.items()}
+    def _cut(self, batches: Sequence[Batch], choice: Choice, analyses: Sequence[_Analysis | None]) -> _Cut:
+        """The model as it is cut for a choice, whatever the order of tasks; batches with an analysis may be cut."""
+        kinds: dict[Any, int] = {}
+        pieces: dict[Hashable, tuple[Batch, Microbatched, Graph]] = {}
+        keys: list[Hashable] = []
+        sizes: list[int] = []
+        counts: list[int] = []
+        for batch, analysis in zip(batches, analyses, strict=True):
+            own = split_batch(batch.size, min(choice.microbatches, batch.size)) if analysis else (batch.size,)
+            kind = kinds.setdefault(batch.signature(), len(kinds))
+            for size in own:
+                keys.append(f"{size}.{kind}" if kind else size)
+                if keys[-1] not in pieces:
+                    pieces[keys[-1]] = (batch, *self._differentiated(batch, size, analysis, len(batches) > 1))
+            sizes += own
+            counts.append(len(own))
+        captured = self._captured_alike(batches, analyses)
+        batch, first, _ = pieces[keys[0]]
+        plan = self._plan(batch, choice, captured.program, first.forward, len(batches))
+        parts = {key: self._part(*piece, plan, choice) for key, piece in pieces.items()}
         devices = tuple(self._replicas_of(stage.device, choice.replicas) for stage in plan.stages)
-        times = stage_times(parts[sizes[0]], [own[0] for own in devices], self.cluster)
-        return _Cut(sizes, captured, plan, parts, devices, times)
+        times = stage_times(parts[keys[0]], [own[0] for own in devices], self.cluster)
+        return _Cut(tuple(sizes), tuple(keys), tuple(counts), captured, plan, parts, devices, times)
+
+    def _captured_alike(self, batches: Sequence[Batch], analyses: Sequence[_Analysis | None]) -> Capture:
+        """The capture of the batches of a step. Raises PlanError if there is more than one model in them."""
+        least = 1 if len(batches) == 1 else 2
+        found = [
+            self._capture(batch, max(batch.size, least) if analysis is None else analysis.result.batch)
+            for batch, analysis in zip(batches, analyses, strict=True)
+        ]
+        first, last = found[0], found[-1]
+        for other in found[1:]:
+            nodes = [[(node.op, node.outputs[0].name) for node in one.program.forward.nodes] for one in (first, other)]
+            held = first.constants.keys() == other.constants.keys() and all(
+                torch.equal(tensor, other.constants[name]) for name, tensor in first.constants.items()
+            )
+            if nodes[0] != nodes[1] or not held:
+                raise PlanError(
+                    "the model is another program, or has other constants, for some of the batches of this step than "
+                    "for its first: accumulate batches of one shape only (pad them)"
+                )
+        return first if last is first else replace(first, assigned=last.assigned)
 
     def _make(
-        self, cut: _Cut, groups: Sequence[Group], clip: bool, choice: Choice, analysis: _Analysis | None
+        self, cut: _Cut, groups: Sequence[Group], clip: bool, scaling: Scaling | None, choice: Choice, chain: bool
     ) -> StepProgram:
         """The step as it is chosen."""
         step = fused(
             step_graph(
                 cut.parts,
-                cut.sizes,
+                cut.keys,
                 groups,
                 cut.devices,
                 schedule=choice.schedule,
                 clip=clip,
-                chain_buffers=analysis is not None and not analysis.result.exact,
+                scaling=scaling,
+                chain_buffers=chain,
                 donate=True,
                 times=cut.options(choice),
+                batches=cut.counts,
             )
         )
         step = replace(step, program=replace(step.program, codegen=self.options.codegen))
         held = {f"constant:{name}": tensor for name, tensor in cut.captured.constants.items()}
-        return StepProgram(step, cut.plan, self.cluster, None, cut.sizes, held, cut.captured.assigned)
+        lanes = self.options.execution != GRAPH or len(devices_of(step.graph)) == 1
+        return StepProgram(step, cut.plan, self.cluster, None, cut.sizes, held, cut.captured.assigned, lanes)
 
     def _analyse(self, batch: Batch) -> _Analysis:
         """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
@@ -281,14 +353,22 @@ class StepBuilder:
             forward = self._forward(batch, size)
         return rewrite_like(forward, analysis.forward, analysis.result)
 
-    def _differentiated(self, batch: Batch, size: int, analysis: _Analysis | None) -> tuple[Microbatched, Graph]:
+    def _differentiated(
+        self, batch: Batch, size: int, analysis: _Analysis | None, several: bool
+    ) -> tuple[Microbatched, Graph]:
         """The forward of one microbatch, and with its backward."""
-        if size not in self._joints:
-            whole = analysis is None
-            micro = whole_batch(self._forward(batch, size), batch) if whole else self._rewritten(batch, size, analysis)
+        key = batch.signature(), size
+        if key not in self._joints:
+            if analysis is not None:
+                micro = self._rewritten(batch, size, analysis)
+            elif several and size == 1:  # captured, it would be another graph than the other batches have
+                pair = self._forward(batch, 2), self._forward(batch, 3)
+                micro = whole_batch(at_batch(*pair, batch.batched_names, 1), batch)
+            else:
+                micro = whole_batch(self._forward(batch, size), batch)
             joint = simplify(differentiate(micro.forward, self._wrt(batch, micro.forward)))
-            self._joints[size] = micro, joint
-        return self._joints[size]
+            self._joints[key] = micro, joint
+        return self._joints[key]
 
     def _part(self, batch: Batch, micro: Microbatched, joint: Graph, plan: Plan, choice: Choice) -> Part:
         joint = recomputing(joint, micro.forward, choice.remat, plan.stage_of)
@@ -318,8 +398,8 @@ class StepBuilder:
         """How many devices one replica of each stage has."""
         return len(self.cluster.devices) // choice.replicas
 
-    def _plan(self, batch: Batch, choice: Choice, program: Program, forward: Graph) -> Plan:
-        """Plans are kept: a batch of another size must leave every parameter where it is."""
+    def _plan(self, batch: Batch, choice: Choice, program: Program, forward: Graph, batches: int) -> Plan:
+        """Plans are kept: a batch of another size, or more of them, must leave every parameter where it is."""
         nodes = tuple((node.op, node.outputs[0].name) for node in forward.nodes)
         turns = choice.turns(self._depth(choice))
         key = nodes, tuple(self._wrt(batch, forward)), replace(choice, schedule=""), turns
@@ -332,7 +412,7 @@ class StepBuilder:
                 stages=choice.stages,
                 pins=self.options.pins,
                 split_backward=choice.split_backward,
-                microbatches=-(-choice.microbatches // choice.replicas),
+                microbatches=-(-batches * choice.microbatches // choice.replicas),
                 partition=self.options.partition,
                 remat=choice.remat,
                 turns=turns,
@@ -366,16 +446,20 @@ class StepBuilder:
         return self._captures[key]
 
 
-def runtime_of(cluster: Cluster) -> Runtime:
+def runtime_of(cluster: Cluster, lanes: bool) -> Runtime:
     """What Dask takes beside the tasks of a step.
 
     Before the first task of a step, its update waits for a task that says that all devices have ended, and the next
-    step waits for the update: two messages. What a process holds was measured, on settings as local_workers has them.
+    step waits for the update: two messages. In lanes, a step is a task on each worker, and waits for the one before it
+    there alone. What a process holds was measured, on settings as local_workers has them.
     """
+    held = Runtime(barrier=True, slack=_SLACK, process=_PROCESS, ahead=AHEAD)
+    if lanes:
+        begin = median(device.overhead + device.hop for device in cluster.devices)
+        lane = _LANE * median(device.handling for device in cluster.devices)
+        return replace(held, begin=begin, per_device=lane, in_place=True, whole_results=False)
     message = _COLD * median(device.hop for device in cluster.devices)
-    return Runtime(
-        begin=2 * message, message=message, barrier=True, versions=2, slack=_SLACK, process=_PROCESS, ahead=AHEAD
-    )  # fmt: skip
+    return replace(held, begin=2 * message, message=message, versions=2)
 
 
 def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...], State]:

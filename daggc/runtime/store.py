@@ -1,9 +1,10 @@
 """State that stays on a worker: parameters, buffers and optimizer state of its stages, versioned.
 
-A step reads version k and its update makes version k + 1. Parameters are double-buffered: version k stays
-readable until k + 2 is made, so a task of step k may run again. Optimizer state is updated in place, so an
-update is guarded: it runs only on the version it expects, once; run again, it finds its work done. An update
-that fails halfway poisons the state, and everything after fails clearly until it is restored.
+A step reads version k and its update makes version k + 1. Optimizer state is updated in place, so an update is
+guarded: it runs only on the version it expects, once; run again, it finds its work done. Where the tasks of a step read
+the state one by one, parameters are double-buffered: version k stays readable until k + 2 is made, so a task of step k
+may run again. A step that is a single task here reads and writes all of it under the guard, parameters in place too. An
+update that fails halfway poisons the state, and everything after fails clearly until it is restored.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from daggc.errors import RunError
 
 Tensors = Mapping[str, torch.Tensor]
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Store:
 
     def __init__(self, version: int, tensors: Tensors) -> None:
         self._state = _Versions(version, dict(tensors), dict(tensors))
+        self._told: list[Callable[[], object]] = []
         self.poisoned = False
         self.lock = threading.Lock()
 
@@ -52,47 +57,71 @@ class Store:
         if version == state.version:
             return state.tensors[ref]
         # Optimizer state is changed in place: only the update itself may read it, at the newest version.
-        if version == state.version - 1 and not ref.startswith("state:"):
+        if version == state.version - 1 and not ref.startswith("state:") and ref in state.previous:
             return state.previous[ref]
         raise RunError(f"{ref!r} was asked at version {version}, the worker has version {state.version}")
 
     def update(self, version: int, compute: Callable[[], Tensors]) -> None:
-        """Make version + 1 by ``compute()``, unless that was done already.
+        """Make version + 1 by ``compute()``, unless that was done already; version stays readable.
 
         Raises RunError if the state is at neither of the two versions.
         """
-        self.step(version, dict, lambda _: (compute(), {}))
+        with self.lock:
+            if self._is_at(version):
+                previous = self._state.tensors
+                changed = self._guarded(compute)
+                self._set(_Versions(version + 1, {**previous, **changed}, previous))
 
     def step(
         self,
         version: int,
-        prepare: Callable[[], dict[str, torch.Tensor]],
-        compute: Callable[[dict[str, torch.Tensor]], tuple[Tensors, Tensors]],
+        prepare: Callable[[Tensors], Prepared],
+        compute: Callable[[Prepared], tuple[Tensors, Tensors]],
     ) -> Tensors:
         """Make version + 1, unless that was done already; returns what else came of it, then as now.
 
         Args:
-            prepare: changes nothing; where it fails, nothing has happened.
-            compute: gives, from what ``prepare`` gave, the new tensors and the other results.
+            prepare: is given the tensors, and changes nothing; where it fails, nothing has happened.
+            compute: gives, from what ``prepare`` gave, the new tensors and the other results. It may write to the
+                tensors of parameters and optimizer state.
 
         Raises:
             RunError: the state is at neither of the two versions.
         """
         with self.lock:
-            self._require_sound()
-            state = self._state
-            if state.version == version + 1:
-                return state.results
-            if state.version != version:
-                raise RunError(f"an update of version {version} met version {state.version}")
-            prepared = prepare()
-            try:
-                changed, results = compute(prepared)
-            except BaseException:
-                self.poisoned = True  # some of the optimizer's tensors may be new already
-                raise
-            self._state = _Versions(version + 1, {**state.tensors, **changed}, state.tensors, results)
-            return results
+            if self._is_at(version):
+                prepared = prepare(self._state.tensors)
+                changed, results = self._guarded(lambda: compute(prepared))
+                self._set(_Versions(version + 1, {**self._state.tensors, **changed}, {}, results))
+            return self._state.results
+
+    def _is_at(self, version: int) -> bool:
+        """Whether the state is at a version; False at the one after it. Raises RunError at any other."""
+        self._require_sound()
+        if self.version not in (version, version + 1):
+            raise RunError(f"an update of version {version} met version {self.version}")
+        return self.version == version
+
+    def _guarded(self, compute: Callable[[], Result]) -> Result:
+        try:
+            return compute()
+        except BaseException:
+            self.poisoned = True  # some of the tensors may be new already
+            self._tell()
+            raise
+
+    def _set(self, state: _Versions) -> None:
+        self._state = state
+        self._tell()
+
+    def tell(self, changed: Callable[[], object]) -> None:
+        """Call this once, on any thread, when the version has changed or the state is poisoned."""
+        self._told.append(changed)
+
+    def _tell(self) -> None:
+        told, self._told = self._told, []
+        for changed in told:
+            changed()
 
     def _require_sound(self) -> None:
         if self.poisoned:

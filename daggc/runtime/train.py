@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from daggc.runtime.optimizers import (
 from daggc.runtime.pool import Pool
 from daggc.runtime.replan import Replanned, replanned
 from daggc.runtime.resident import RESIDENT, Home, LocalHome, Pending, WorkerHome
-from daggc.runtime.step_program import Options, StepBuilder, StepProgram, modes_of
+from daggc.runtime.scaler import (
+    Scaler,
+    check_scaled,
+    read_scale,
+    rescaled,
+    scaling_of,
+    skipped,
+    unskipped,
+    write_scale,
+)
+from daggc.runtime.step_program import GRAPH, IN_LANES, Options, StepBuilder, StepProgram, modes_of
 from daggc.runtime.worker import Record
 
 _MOST_MICROBATCHES = 1 << 20  # of a step: their random numbers come from keys of their own
@@ -63,6 +73,12 @@ class LazyLoss:
             raise RunError("the gradient norm is computed only with train_step(max_grad_norm=...)")
         return outputs["grad_norm"].item()
 
+    @property
+    def skipped(self) -> bool:
+        """Whether a gradient was infinite or NaN, so that nothing was updated; never without a ``scaler``."""
+        finite = self._pending.outputs().get("finite")
+        return finite is not None and not finite.item()
+
     def __repr__(self) -> str:
         return "LazyLoss()"
 
@@ -81,13 +97,16 @@ class TrainStep:
         seed: int | None,
         threads: int,
         replan_after: int | None = None,
+        scaler: Scaler | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.scaler = scaler
         self.max_grad_norm = max_grad_norm
         self.pool = pool
         self._groups = read_groups(optimizer, model)
         check_dtypes(self._groups, model)
+        check_scaled(scaler, self._groups, model)
         self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         cluster: Cluster = pool.cluster if pool else cluster_of([cpu_device(0)])
         self._builder = StepBuilder(model, call_with_loss(loss_fn), cluster, options)
@@ -117,22 +136,53 @@ class TrainStep:
             WorkerLostError: a worker of an earlier step is gone; load a checkpoint into a new train step.
             RunError, CaptureError, PlanError: the step cannot be run.
         """
-        batch = read_batch(args, kwargs)
-        program = self.program(batch)
+        return self._submit([read_batch(args, kwargs)])
+
+    def accumulate(self, batches: Iterable[Any]) -> LazyLoss:
+        """Submit one step on several batches: one update, by the mean of their losses.
+
+        The numbers are those of ``(loss / n).backward()`` for each of the ``n`` batches and one update after that.
+        The batches follow each other through the stages as microbatches of one batch do, each of them cut as
+        ``microbatches`` says: activations take no more memory for more batches. Random ops, rates and clipping are
+        as in any step; buffers (batch norm's statistics) go from batch to batch.
+
+        Args:
+            batches: of dicts, tuples or lists: ``step(batch)`` of a dict, ``step(*batch)`` of the others. Each may have
+                another number of samples, and tensors of other lengths; every combination is planned, and compiled,
+                anew.
+
+        Raises:
+            RunError: there are none, or they differ in more than shapes.
+        """
+        read = [read_batch(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}) for batch in batches]
+        if not read:
+            raise RunError("there are no batches to accumulate gradients over")
+        for batch in read:
+            if (str(batch.spec.tree), batch.spec.fixed) != (str(read[0].spec.tree), read[0].spec.fixed):
+                raise RunError(
+                    "the batches of one step have the same structure, and the same values that are not tensors; got "
+                    f"{read[0].spec.tree} and {batch.spec.tree}"
+                )
+        return self._submit(read)
+
+    def _submit(self, batches: Sequence[Batch]) -> LazyLoss:
+        program = self.program(*batches)
         if self._replan_after is not None and program is self._current and self._same == self._replan_after:
             self.replan()
-            program = self.program(batch)
+            program = self.program(*batches)
         self._settle_state(program)
-        inputs = self._inputs(program, batch)
+        inputs = self._inputs(program, batches)
         version = self.steps
-        pending = self._home.submit(program.step.program, inputs)
+        pending = self._home.submit(program.step.program, inputs, program.lanes)
         self._counts.add(version, program.updated)
-        if self.pool is None:  # the model has new parameters: the optimizer shall have the state that goes with them
-            write_state(self.optimizer, self._groups, self.model, self._home.snapshot(), self._counts.at(self.steps))
-        for (path, name), value in program.assigned.items():
-            setattr(self.model.get_submodule(path), name, value)
         self._same = self._same + 1 if program is self._current else 1
         self._current = program
+        if self.pool is None:  # the model has new parameters: the optimizer shall have the state that goes with them
+            tensors = self._home.snapshot()
+            write_state(self.optimizer, self._groups, self.model, tensors, self._updates(tensors))
+            write_scale(self.scaler, tensors)
+        for (path, name), value in program.assigned.items():
+            setattr(self.model.get_submodule(path), name, value)
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # schedulers look at it
         return LazyLoss(pending)
 
@@ -140,14 +190,16 @@ class TrainStep:
         """The program of a step on such a batch, planned but not run; its ``predicted`` is the simulation of it."""
         return self.program(read_batch(args, kwargs))
 
-    def program(self, batch: Batch) -> StepProgram:
-        """The step's program for batches like this one, built when first needed."""
+    def program(self, *batches: Batch) -> StepProgram:
+        """The program of a step on batches like these, built when first needed."""
         self._groups = read_groups(self.optimizer, self.model)
         clip = self.max_grad_norm is not None
-        key = (batch.signature(), batch.size, self._groups, clip, modes_of(self.model))
+        scaling = scaling_of(self.scaler)
+        shapes = tuple((batch.signature(), batch.size) for batch in batches)
+        key = (shapes, self._groups, clip, scaling, modes_of(self.model))
         if key not in self._programs:
             groups = [Group(str(i), g.names, g.kind, dict(g.options)) for i, g in enumerate(self._groups)]
-            self._programs[key] = self._builder.build(batch, groups, clip)
+            self._programs[key] = self._builder.build(batches, groups, clip, scaling)
             give_back_after(self.model)
         return self._programs[key]
 
@@ -158,7 +210,7 @@ class TrainStep:
             return
         if self.pool is None:
             self._unload(self.steps)
-        tensors = self._state()
+        tensors, counts = self._state()
         ports = program.step.graph.inputs_of(*RESIDENT)
         given = {port.ref: program.constants.get(port.ref, tensors.get(port.ref)) for port in ports}
         missing = [ref for ref, tensor in given.items() if tensor is None]
@@ -170,6 +222,7 @@ class TrainStep:
         steps = self.steps
         known = {ref: tensor for ref, tensor in given.items() if tensor is not None}
         self._home.load(program.step.program, known, steps)
+        self._counts = Counts(steps, counts)
         self._aside = {ref: tensor for ref, tensor in tensors.items() if ref not in given}
         self._loaded, self._steps = program.layout, steps
 
@@ -178,31 +231,46 @@ class TrainStep:
         if self.pool is None and self._loaded is not None:
             held = {**self._aside, **self._home.snapshot()}
             states, counts = present_state(self.optimizer, self._groups, self.model)
-            known = self._counts.at(self.steps)
+            known = self._updates(held)
             moved = (not _same(held[ref], x) for ref, x in (self._model_tensors() | states).items() if ref in held)
-            if any(moved) or any(known.get(name, 0) != count for name, count in counts.items()):
+            changed = any(moved) or any(known.get(name, 0) != count for name, count in counts.items())
+            if changed or rescaled(self.scaler, held):
                 self._unload(self.steps)
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """All weights, buffers and optimizer state, by port ref; of the workers, if they have been given them."""
+    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """All weights, buffers and state by port ref, and how often each parameter was updated.
+
+        They are those of the workers, if they have been given them.
+        """
         if self._loaded is not None:
             current = {**self._aside, **self._home.snapshot()}
-            return {ref: tensor for ref, tensor in current.items() if not ref.startswith("constant:")}
+            tensors = {ref: tensor for ref, tensor in current.items() if not ref.startswith("constant:")}
+            return unskipped(tensors), self._updates(tensors)
         states, counts = read_state(self.optimizer, self._groups, self.model)
-        self._counts = Counts(self._steps, counts)
-        return {**self._model_tensors(), **states}
+        return {**self._model_tensors(), **states, **read_scale(self.scaler)}, counts
+
+    def _updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """How often each parameter was updated by the time of this state."""
+        counts = self._counts.at(self.steps)
+        missed = skipped(tensors)
+        if missed and self._current is not None:
+            counts.update((name, max(counts[name] - missed, 0)) for name in self._current.updated)
+        return counts
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
         named: dict[str, torch.Tensor] = {f"param:{name}": tensor for name, tensor in self.model.named_parameters()}
         return named | {f"buffer:{name}": tensor for name, tensor in self.model.named_buffers()}
 
-    def _inputs(self, program: StepProgram, batch: Batch) -> dict[str, torch.Tensor]:
+    def _inputs(self, program: StepProgram, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """The tensors of the step's ports that are not resident, by ref."""
         inputs: dict[str, torch.Tensor] = {}
-        start = 0
+        several, waiting, start = len(batches) > 1, iter(batches), 0
+        batch = next(waiting)
         for index, size in enumerate(program.sizes):
+            if start == batch.size:
+                batch, start = next(waiting), 0
             for name, leaf, batched in zip(batch.names, batch.part(start, size), batch.batched, strict=True):
-                inputs[f"input:{name}#{index}" if batched else f"input:{name}"] = leaf
+                inputs[f"input:{name}#{index}" if batched or several else f"input:{name}"] = leaf
             inputs[f"key:#{index}"] = torch.tensor([self._seed, self.steps * _MOST_MICROBATCHES + index])
             inputs[f"scalar:fraction#{index}"] = _number(size / batch.size)
             start += size
@@ -222,7 +290,7 @@ class TrainStep:
         """
         self._follow()
         if self._loaded is not None:
-            self._write_back(self._state(), self._counts.at(self.steps))
+            self._write_back(*self._state())
 
     def _write_back(self, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
         with torch.no_grad():
@@ -230,9 +298,10 @@ class TrainStep:
                 if not _same(tensor, tensors[ref]):
                     tensor.copy_(tensors[ref])
         write_state(self.optimizer, self._groups, self.model, tensors, counts)
+        write_scale(self.scaler, tensors)
 
     def load_from_model(self) -> None:
-        """Take parameters, buffers and optimizer state from the model and optimizer, at the next step.
+        """Take parameters, buffers and state from the model, optimizer and scaler, at the next step.
 
         In this process every step does. Waits for the steps under way, and raises what went wrong with them; called
         again, it goes on regardless.
@@ -246,32 +315,32 @@ class TrainStep:
         self._steps, self._loaded, self._aside = steps, None, {}
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint: weights, buffers, optimizer state, step count, seed, learning rates.
+        """Write a checkpoint: weights, buffers, optimizer state, loss scale, step count, seed, learning rates.
 
         The state of a learning-rate scheduler is not in it.
         """
         self._follow()
-        tensors = self._state()
+        tensors, counts = self._state()
         meta = {
             "steps": self.steps,
             "seed": self._seed,
             "learning_rates": learning_rates(self.optimizer),
-            "updates": self._counts.at(self.steps),
+            "updates": counts,
         }
         write_checkpoint(path, Checkpoint(tensors, meta))
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint, with the same numbers as if nothing had happened.
 
-        The model and the optimizer (with its learning rates) get the checkpoint's values too. Steps that are
-        under way, or went wrong, are given up.
+        The model, the optimizer (with its learning rates) and the scaler get the checkpoint's values too. Steps that
+        are under way, or went wrong, are given up.
 
         Raises:
             RunError: the file is no checkpoint, or of another model or optimizer; nothing is changed then.
         """
         checkpoint = read_checkpoint(path)
         groups = read_groups(self.optimizer, self.model)
-        own = {**self._model_tensors(), **read_state(self.optimizer, groups, self.model)[0]}
+        own = {**self._model_tensors(), **read_state(self.optimizer, groups, self.model)[0], **read_scale(self.scaler)}
         checkpoint.check(path, own, len(groups))
         self._home.discard()
         self._groups = groups
@@ -379,16 +448,21 @@ def train_step(
     threads: int = 0,
     replan_after: int | None = None,
     codegen: str = "torch",
+    execution: str = AUTO,
+    scaler: Scaler | None = None,
 ) -> TrainStep:
     """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
     for name, count in (("microbatches", microbatches), ("replicas", replicas)):
         if count != AUTO and (isinstance(count, str) or count < 1):
             raise RunError(f"{name} is at least 1, or {AUTO!r}, got {count!r}")
+    if execution not in (AUTO, GRAPH, IN_LANES):
+        raise RunError(f"execution is {AUTO!r}, {GRAPH!r} or {IN_LANES!r}, got {execution!r}")
     if replan_after is not None and replan_after < 1:
         raise RunError(f"replan_after is a number of steps, at least 1, got {replan_after}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
     options = Options(
-        microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition, codegen
+        microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition, codegen,
+        execution,
     )  # fmt: skip
-    return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads, replan_after)
+    return TrainStep(model, loss_fn, optimizer, pool, options, max_grad_norm, seed, threads, replan_after, scaler)

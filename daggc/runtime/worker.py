@@ -15,10 +15,9 @@ import torch
 from distributed import WorkerPlugin
 
 import daggc
-from daggc.backend.dask_graph import COMMITTED, Argument, Call, Resident, Update
-from daggc.backend.local import run_calls, run_graph
+from daggc.backend.dask_graph import Argument, Call, Resident, Update
+from daggc.backend.local import run_graph
 from daggc.backend.serializers import aligned
-from daggc.backend.whole_step import WholeStep
 from daggc.errors import RunError
 from daggc.frontend.opaque import register_functions
 from daggc.ir.graph import Node, Program
@@ -31,6 +30,7 @@ _RECORDS: deque[Record] = deque(maxlen=20_000)
 _USABLE = 0.8  # of a limit on a worker's memory
 _HELD = 0.0  # bytes of this process before it had any model
 _threads = threading.local()
+computing = threading.Lock()  # held while something computes: one task or lane of this process at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[in
     state = store.get(context.store)
 
     def compute() -> dict[str, torch.Tensor]:
-        changed = {ref: _argument(source, context, dependencies, own_device()) for ref, source in update.values}
+        changed = {ref: argument(source, context, dependencies, own_device()) for ref, source in update.values}
         for call, refs in zip(update.calls, update.commits, strict=True):
             changed.update(zip(refs, _run(call, context, dependencies), strict=True))
         return changed
@@ -160,34 +160,7 @@ def run_update(update: Update, context: Context, *dependencies: Any) -> tuple[in
     return (context.version + 1,)
 
 
-def run_step(step: WholeStep, context: Context, *dependencies: Any) -> dict[str, torch.Tensor]:
-    """The entry point of steps that are one task: run it, once; returns its outputs by ref."""
-    set_threads(context.threads)
-    program, device = _program(step.program), own_device()
-    graph = program[step.graph]
-    updates = [node for node in graph.nodes if node.attrs.get("phase") == "update"]
-    before = [node for node in graph.nodes if node.attrs.get("phase") != "update"]
-    wanted = {port.value.name for port in graph.outputs}
-
-    def prepare() -> dict[str, torch.Tensor]:
-        values = {
-            port.value.name: _argument(source, context, dependencies, device)
-            for port, source in zip(graph.inputs, step.arguments, strict=True)
-        }
-        read_later = {value.name for node in updates for value in node.inputs}
-        run_calls(program, before, values, wanted | read_later, device, ran=_ran)
-        return values
-
-    def compute(values: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        run_calls(program, updates, values, wanted, device, ran=_ran)
-        found = {port.ref: values[port.value.name] for port in graph.outputs}
-        state = {port.ref: found.pop(port.ref) for port in graph.outputs_of(*COMMITTED)}
-        return state, found
-
-    return dict(store.get(context.store).step(context.version, prepare, compute))
-
-
-def _ran(node: Node, start: float) -> None:
+def ran(node: Node, start: float) -> None:
     """Record a call that has run."""
     device = own_device()
     if device.type == "cuda":
@@ -197,7 +170,7 @@ def _ran(node: Node, start: float) -> None:
     _RECORDS.append(Record(sys.intern(name), int(attrs.get("microbatch", -1)), start, time.time()))
 
 
-def _program(key: str) -> Program:
+def program_of(key: str) -> Program:
     """A program that was made known to this worker."""
     if key not in _PROGRAMS:
         raise RunError(f"this worker does not know program {key}; was its daggc plugin removed?")
@@ -205,18 +178,19 @@ def _program(key: str) -> Program:
 
 
 def _run(call: Call, context: Context | None, dependencies: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    program = _program(call.program)
+    program = program_of(call.program)
     device = own_device()
-    start = time.time()
-    inputs = [_argument(source, context, dependencies, device) for source in call.arguments]
-    results = run_graph(program, program[call.callee], inputs, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    inputs = [argument(source, context, dependencies, device) for source in call.arguments]
+    with computing:
+        start = time.time()
+        results = run_graph(program, program[call.callee], inputs, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     _RECORDS.append(Record(sys.intern(call.name), call.microbatch, start, time.time()))
     return results
 
 
-def _argument(
+def argument(
     source: Argument, context: Context | None, dependencies: Sequence[Any], device: torch.device
 ) -> torch.Tensor:
     if isinstance(source, Resident):

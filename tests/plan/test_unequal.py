@@ -20,8 +20,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "planning"))
 from unequal import batch, busy, mlp, shares_of_work, slow_worker, small_worker
 
 
-def planned(*devices: Any) -> StepProgram:
-    return predict_step(mlp(768, 12), F.cross_entropy, batch(768, 1024), cluster_of(devices), options=Options(4))
+def planned(*devices: Any, execution: str = "auto") -> StepProgram:
+    options = Options(4, execution=execution)
+    return predict_step(mlp(768, 12), F.cross_entropy, batch(768, 1024), cluster_of(devices), options=options)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 3.0])
@@ -42,6 +43,15 @@ def test_a_device_with_little_memory_gets_what_fits(part: float):
     program = planned(cpu_device(0), cpu_device(1, room))
     assert 0 < program.predicted.peaks["cpu:1"] <= room
     assert program.predicted.makespan < 1.1 * planned(cpu_device(0)).predicted.makespan
+
+
+def test_a_step_that_fits_in_lanes_alone_runs_in_lanes():
+    devices = cpu_device(0), cpu_device(1)
+    lanes, graph = (planned(*devices, execution=execution) for execution in ("lanes", "graph"))
+    needs = [max(one.predicted.peaks.values()) for one in (lanes, graph)]
+    assert needs[0] < needs[1]
+    small = planned(*(cpu_device(index, sum(needs) / 2) for index in range(2)))
+    assert small.lanes and "in lanes" in small.explain() and "as a graph of tasks it would take" in small.explain()
 
 
 def test_the_busy_process_ends_whatever_happens():

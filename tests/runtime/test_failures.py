@@ -20,7 +20,7 @@ from training import Trained, adamw, assert_equal_numbers, assert_same_bits, eag
 
 import daggc
 from daggc.errors import PlanError, RunError, WorkerLostError
-from daggc.runtime import pool, store, worker
+from daggc.runtime import lanes, pool, store, worker
 
 
 def classify(model, x, y):
@@ -68,12 +68,12 @@ def telling(batch, number):
     return x, batch[1]
 
 
-def training(client, **options):
+def training(client, execution="auto", **options):
     run = Trained(fragile_model(), None)  # pyright: ignore
     run.optimizer = adamw(run.model)
     compiled = daggc.compile(run.model, client=client, **options)
     pins = None if client is None or options else PINS
-    return run, compiled.train_step(F.cross_entropy, run.optimizer, pins=pins)
+    return run, compiled.train_step(F.cross_entropy, run.optimizer, pins=pins, execution=execution)
 
 
 def assert_nothing_left(client, seconds=5.0):
@@ -94,26 +94,26 @@ def at_most(seconds):
     assert time.monotonic() - start < seconds
 
 
-@pytest.mark.parametrize("where", ["workers", "here"])
+@pytest.mark.parametrize("where", ["graph", "lanes", "here"])
 def test_a_task_that_raises_costs_its_step_only(two_workers, where):
     """Steps submitted after it are given up too; the state is that before the step, and training goes on."""
     batches = points([6] * 5)
     wanted = eagerly(fragile_model(), classify, adamw, batches)
-    run, step = training(two_workers if where == "workers" else None)
+    run, step = training(None) if where == "here" else training(two_workers, where)
     run.losses += [float(step(*batch)) for batch in batches[:2]]
     for number in (1000, 1001):
         with at_most(10), pytest.raises(RunError, match="13th sample is bad"):
             bad = step(*telling(batches[2], number))
             after = step(*batches[3])
             float(bad)
-        if where == "workers":
+        if where != "here":
             with pytest.raises(RunError, match=r"not run: an earlier step failed.*13th sample"):
                 float(after)
             with pytest.raises(RunError, match="13th sample"):
                 float(bad)
         assert step.steps == 2
     run.losses.append(float(step(*batches[2])))
-    if where == "workers":
+    if where != "here":
         step(*telling(batches[3], 1001))  # met by whoever waits next
         with pytest.raises(RunError, match="13th sample is bad"):
             step.sync()
@@ -125,33 +125,34 @@ def test_a_task_that_raises_costs_its_step_only(two_workers, where):
     step.sync()
     assert_equal_numbers(run, wanted)
     step.close()
-    if where == "workers":
+    if where != "here":
         assert_nothing_left(two_workers)
 
 
 def tear() -> None:
     """From now on an update does its work and then fails; runs on a worker."""
-    plain = worker._run
+    plain = worker.run_graph
 
-    def torn(call, *args):
-        results = plain(call, *args)
-        if call.callee.endswith(".update"):
+    def torn(program, graph, *args):
+        results = plain(program, graph, *args)
+        if graph.name.endswith(".update"):
             raise MemoryError("no memory for the last bit")
         return results
 
-    worker._run = torn
+    worker.run_graph = lanes.run_graph = torn
     torn.plain = plain  # pyright: ignore
 
 
 def mend() -> None:
-    worker._run = worker._run.plain  # pyright: ignore
+    worker.run_graph = lanes.run_graph = worker.run_graph.plain  # pyright: ignore
 
 
-def test_an_update_that_fails_halfway_is_told_and_a_checkpoint_helps(two_workers, tmp_path):
+@pytest.mark.parametrize("execution", ["graph", "lanes"])
+def test_an_update_that_fails_halfway_is_told_and_a_checkpoint_helps(two_workers, tmp_path, execution):
     batches = points([6] * 4)
     wanted, other = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=two_workers, pins=PINS)
     other.close()
-    run, step = training(two_workers)
+    run, step = training(two_workers, execution)
     step(*batches[0])
     step.save(path := tmp_path / "c")
     float(step(*batches[1]))
@@ -176,13 +177,14 @@ def test_an_update_that_fails_halfway_is_told_and_a_checkpoint_helps(two_workers
     assert_nothing_left(two_workers)
 
 
-def test_a_worker_that_dies_in_mid_step(tmp_path):
+@pytest.mark.parametrize("execution", ["graph", "lanes"])
+def test_a_worker_that_dies_in_mid_step(tmp_path, execution):
     """A clear error soon; the others are left idle; from the checkpoint the numbers are those of no accident."""
     batches = points([6] * 4)
     with processes(2) as client:
         wanted, step = stepwise(fragile_model(), F.cross_entropy, adamw, batches, client=client, pins=PINS)
         step.close()
-        run, step = training(client)
+        run, step = training(client, execution)
         places = pool.pool_of(client).addresses
         float(step(*batches[0]))
         last = step.plan.stages[-1].device
@@ -202,7 +204,7 @@ def test_a_worker_that_dies_in_mid_step(tmp_path):
             time.sleep(0.1)
         one = next(name for name in places if name != last)
         for options in ({}, {"devices": [one]}):  # the new worker and the old, or the one that is left
-            run, step = training(client, **options)
+            run, step = training(client, execution, **options)
             with torch.no_grad():
                 for parameter in run.model.parameters():
                     parameter.zero_()

@@ -33,7 +33,7 @@ def test_several_stages_a_device_give_the_numbers_of_the_whole_batch(schedule: s
     run = eagerly(mlp(), classify, adamw, [])
     pool = PretendedPool(2)
     options: dict[str, Any] = {"microbatches": 3, "schedule": schedule, "stages": 4}
-    step = train_step(run.model, F.cross_entropy, run.optimizer, pool, **options)  # pyright: ignore
+    step = train_step(run.model, F.cross_entropy, run.optimizer, pool, execution="graph", **options)  # pyright: ignore
     run.losses = [float(step(*batch)) for batch in batches]
     step.sync()
     assert_equal_numbers(run, eagerly(mlp(), classify, adamw, batches))
@@ -74,7 +74,7 @@ def planned(memory: float, options: Options) -> StepProgram | None:
     own.options = options
     own.use(devices(2, memory))
     try:
-        return own.build(batch, groups, False)
+        return own.build([batch], groups, False)
     except PlanError as wrong:
         assert "short" in str(wrong)
         return None

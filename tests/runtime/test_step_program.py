@@ -108,7 +108,7 @@ def classify(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.
 
 def pretended(pool: PretendedPool, **options: Any) -> tuple[Trained, Any]:
     run = eagerly(mlp(), classify, adamw, [])
-    step = train_step(run.model, F.cross_entropy, run.optimizer, pool, microbatches=3, **options)  # pyright: ignore
+    step = train_step(run.model, F.cross_entropy, run.optimizer, pool, microbatches=3, execution="graph", **options)  # pyright: ignore
     return run, step
 
 

@@ -86,14 +86,14 @@ def test_a_step_that_runs_twice_gives_what_it_gave_first(held: store.Store) -> N
         runs.append(1)
         return {"param:w": prepared["x"] + 1}, {"output:0": prepared["x"]}
 
-    given = [held.step(3, lambda: {"x": torch.full((2,), 4.0)}, compute) for _ in range(2)]
+    given = [held.step(3, lambda _: {"x": torch.full((2,), 4.0)}, compute) for _ in range(2)]
     assert len(runs) == 1
     assert held.version == 4
     assert all(torch.equal(one["output:0"], torch.full((2,), 4.0)) for one in given)
 
 
 def test_a_step_that_fails_before_it_changes_anything_leaves_the_state_sound(held: store.Store) -> None:
-    def fails() -> dict[str, torch.Tensor]:
+    def fails(_: object) -> dict[str, torch.Tensor]:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

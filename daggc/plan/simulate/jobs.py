@@ -50,6 +50,7 @@ class Runtime:
         begin: seconds from the end of the step before to the first task.
         message: seconds from a worker to the scheduler and back to a worker, beside ``dispatch``. The latency of a
             link counts from the end of a task, so it has this in it.
+        per_device: seconds of a core that a step takes for each device with a part of it, beside tasks and messages.
         transfer_cores: cores that a transfer keeps busy at each of its ends while it lasts.
         barrier: updates wait until everything else has run, on all devices.
         versions: versions of parameters and buffers that a worker keeps: with 2, the one before the current too.
@@ -57,6 +58,7 @@ class Runtime:
             all that is free.
         ahead: steps whose inputs are on the workers already while a step runs.
         process: bytes that it holds to run any program at all: code, records of tasks.
+        in_place: updates write the new parameters where the old ones are.
         whole_results: what a task returns is freed as one, once all that read any of it have ended.
     """
 
@@ -64,11 +66,13 @@ class Runtime:
     dispatch: float = 0.0
     begin: float = 0.0
     message: float = 0.0
+    per_device: float = 0.0
     transfer_cores: float = 0.0
     barrier: bool = False
     versions: int = 1
     slack: float = 1.0
     process: float = 0.0
+    in_place: bool = False
     ahead: int = 0
     whole_results: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from daggc.ir.graph import Graph, Node, Program
@@ -42,18 +42,11 @@ def simulate(
         memory: simulate memory too; without it, it is faster by half.
     """
     seconds = seconds or _roofline(step, program, cluster)
-    if runtime.barrier and len({node.attrs["device"] for node in step.nodes}) == 1:
-        # Workers run it as one task: daggc/backend/whole_step.py.
-        runtime = replace(runtime, message=0.0)
-        seconds = _in_one_task(step, cluster, seconds)
-        handled = step.nodes[:1]
-    else:
-        handled = step.nodes
     sharing = _Sharing(cluster, runtime)
     jobs = _jobs(step, cluster, seconds, sharing, runtime.message)
     if runtime.barrier:
         _hold_updates(step, jobs)
-    handling = _handling(step, handled, sharing)
+    handling = _handling(step, sharing, runtime.per_device)
     done = _visible(run_jobs([*jobs, *handling], strict, sharing.capacity, runtime), len(jobs))
     if not memory:
         return done
@@ -99,20 +92,14 @@ def _jobs(
     return jobs
 
 
-def _in_one_task(step: Graph, cluster: Cluster, seconds: Callable[[Node], float]) -> Callable[[Node], float]:
-    """Times of calls that are one task: its overhead is the first one's."""
-    first = step.nodes[0]
-    overhead = cluster.device(str(first.attrs["device"])).overhead
-    return lambda node: seconds(node) - (overhead if node is not first else 0.0)
-
-
-def _handling(step: Graph, nodes: Sequence[Node], sharing: _Sharing) -> list[Job]:
-    """What the machinery computes for each of these tasks and messages, on cores that the tasks share."""
+def _handling(step: Graph, sharing: _Sharing, per_device: float) -> list[Job]:
+    """What the machinery computes for each device, task and message, on cores that the tasks share."""
     makers = {value.name: index for index, node in enumerate(step.nodes) for value in node.outputs}
     readers = {value.name: index for index, node in reversed([*enumerate(step.nodes)]) for value in node.inputs}
-    found: list[Job] = []
+    devices = dict.fromkeys(str(node.attrs["device"]) for node in step.nodes if node.op == "call")
+    found = [job for device in devices for job in sharing.handling(device, per_device / _IN_STEP, ())]
     messages: dict[tuple[int | str | None, int | None], list[int]] = {}  # values that go the same way go as one
-    for index, node in enumerate(nodes):
+    for index, node in enumerate(step.nodes):
         if node.op == "transfer":
             value = node.inputs[0]
             way = makers.get(value.name, value.type.device), readers.get(node.output.name)
@@ -242,6 +229,8 @@ def _memory(step: Graph, program: Program, runtime: Runtime) -> tuple[dict[str, 
             bodies[callee] = allocation_of(program[callee])
         body = bodies[callee]
         workspace[index] = body.workspace
+        if runtime.in_place and node.attrs.get("phase") == "update":
+            continue
         here = {i for value in node.outputs for i in readers.get(value.name, ()) if step.nodes[i].op == "call"}
         for place, nbytes in enumerate(body.outputs):
             own = [value for value, share in zip(node.outputs, body.shares, strict=True) if share == place]

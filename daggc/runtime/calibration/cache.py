@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-VERSION = 2  # of the files, and of the programs that are measured
+VERSION = 3  # of the files, and of the programs that are measured
 _LARGEST = 32 << 20  # bytes of a file that is read
 
 

@@ -12,6 +12,7 @@ from daggc.errors import PlanError
 from daggc.plan.cost import Costs
 from daggc.plan.device import Cluster, Device, Link
 from daggc.runtime.calibration.cache import read_entry, write_entry
+from daggc.runtime.calibration.direct import direct_link
 from daggc.runtime.calibration.links import Meter, Overheads
 from daggc.runtime.calibration.measure import (
     ROUNDS,
@@ -77,10 +78,7 @@ class Shared:
     def from_json(data: Any, names: tuple[str, ...]) -> Shared | None:
         """What :meth:`to_json` gave; None if it is anything else."""
         try:
-            links = {
-                (source, target): Link(*map(_sound, numbers[:2]), *(_sound(own, zero=True) for own in numbers[2:]))
-                for source, target, *numbers in data["links"]
-            }
+            links = {(source, target): _sound_link(link) for source, target, *link in data["links"]}
             slowdown = {
                 str(host): {str(name): _sound(value) for name, value in own.items()}
                 for host, own in data["slowdown"].items()
@@ -257,7 +255,7 @@ class Session:
             if near not in handled:
                 handled[near] = meter.handling_between(*pair, devices[pair[0]].handling)
             own = Overheads(devices[pair[0]].overhead, devices[pair[0]].hop)
-            found[pair] = Link(*meter.link(*pair, own), *handled[near])
+            found[pair] = Link(*meter.link(*pair, own), *handled[near], direct_link(self.pool, *pair))
         return found
 
 
@@ -312,7 +310,21 @@ def _sound(value: Any, zero: bool = False) -> float:
     return float(value)
 
 
+def _sound_link(data: Sequence[Any]) -> Link:
+    """A link of numbers that may be ones. Raises ValueError if they are not."""
+    link = Link.from_json(data)
+    for own in (link, link.direct or link):
+        for value, zero in ((own.latency, False), (own.bandwidth, False), (own.handling, True), (own.copying, True)):
+            _sound(value, zero)
+    return link
+
+
 def _typical(links: list[Link]) -> Link | None:
+    """The median of each number."""
     if not links:
         return None
-    return Link(*(median(own) for own in zip(*map(astuple, links), strict=True)))
+    direct = [link.direct for link in links if link.direct is not None]
+    numbers = {
+        name: median(getattr(link, name) for link in links) for name in ("latency", "bandwidth", "handling", "copying")
+    }
+    return Link(**numbers, direct=_typical(direct))
