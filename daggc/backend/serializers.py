@@ -99,6 +99,26 @@ def laid_out(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, made by this thread alone.
+
+    ``clone`` shares a large one among torch's threads, which wait for each other where workers on the same machine have
+    the cores: 3 MB of a batch took 18 ms so.
+    """
+    if (
+        tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or not tensor.is_contiguous()
+        or not tensor.numel()
+    ):
+        return tensor.detach().clone()
+    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return tensor.detach().clone()
+    copy = torch.empty_like(tensor, requires_grad=False)
+    copy.reshape(-1).view(torch.uint8).numpy()[:] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return copy
+
+
 @dask_deserialize.register((torch.Tensor, torch.nn.Parameter))
 def deserialize_tensor(header: dict[str, Any], frames: list[Any]) -> torch.Tensor:
     """The tensor, in fresh memory of torch's allocator: writable and 64-byte aligned."""

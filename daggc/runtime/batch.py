@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from daggc.backend.serializers import copied
 from daggc.errors import RunError
 from daggc.frontend.pytree import Spec, flatten, input_names
 
@@ -40,7 +41,7 @@ class Batch:
     def part(self, start: int, size: int) -> list[torch.Tensor]:
         """The leaves of one microbatch, as they are now: the user may fill the same memory with the next batch."""
         return [
-            (leaf[start : start + size] if batched else leaf).clone()  # of a view, Dask would send all of its memory
+            copied(leaf[start : start + size] if batched else leaf)  # of a view, Dask would send all of its memory
             for leaf, batched in zip(self.leaves, self.batched, strict=True)
         ]
 

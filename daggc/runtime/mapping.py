@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from daggc.backend.serializers import copied
 from daggc.errors import RunError
 from daggc.frontend.pytree import Spec, flatten
 from daggc.plan.plan import Plan
@@ -143,7 +144,7 @@ def _begin(module: CompiledModule, batch: Any, held: WeakKeyDictionary[DaskExecu
         if executor not in held:
             held[executor] = executor.place(inputs)
         if entry.captured.answers:  # it may have to run again, and its owner may fill the same memory anew
-            leaves = [leaf.clone() for leaf in leaves]
+            leaves = [copied(leaf) for leaf in leaves]
         run = executor.begin(inputs, held[executor])
     return _Remote(entry, run, _Call(module, leaves, spec), _room(executor.plan))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from daggc.runtime import channel
 from daggc.runtime.devices import own_device
 
 _STATUS = Path("/proc/self/status")
@@ -63,8 +64,9 @@ def resident_now() -> float:
 
 
 def give_back() -> None:
-    """Have glibc return free memory to the system; workers are set up to keep it, for speed."""
+    """Return free memory to the system, that of glibc and of the channel; workers are set up to keep it, for speed."""
     gc.collect()
+    channel.trim()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

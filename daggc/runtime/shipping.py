@@ -18,6 +18,7 @@ from distributed import Future
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from daggc.backend.dask_graph import Emission, Found, Source, add_data
+from daggc.backend.serializers import copied
 from daggc.runtime.pool import Pool
 
 _IN_GRAPH = 1 << 18  # bytes for one worker that go inside the graph: up to here a message more costs as much
@@ -49,7 +50,7 @@ def add_inputs(data: Emission, pool: Pool | None, inputs: Iterable[tuple[str, to
             straight[device] = large
         for key, tensor in tensors.items():
             if key not in straight.get(device, ()):
-                add_data(data, key, tensor.clone(), device)  # of a view, Dask would send all of its memory
+                add_data(data, key, copied(tensor), device)  # of a view, Dask would send all of its memory
     return list(pool.put(straight).values()) if pool is not None and straight else []
 
 
@@ -102,7 +103,7 @@ class Copies:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         copy = self._known.get(tensor)
         if copy is None:
-            copy = tensor.detach().clone()
+            copy = copied(tensor)
             self._known.set(tensor, copy)
         return copy
 

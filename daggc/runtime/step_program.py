@@ -6,7 +6,6 @@ import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,22 +29,18 @@ from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
 from daggc.plan.recomputation import recomputing
 from daggc.plan.schedule.tasks import split_batch
-from daggc.plan.simulate import Runtime, Simulation, simulate
+from daggc.plan.simulate import Simulation, simulate
 from daggc.plan.step import step_graph
 from daggc.plan.step_order import schedule_of, stage_times
 from daggc.runtime.batch import Batch
-from daggc.runtime.resident import AHEAD
+from daggc.runtime.costs import runtime_of
 from daggc.runtime.shipping import checksum
 from daggc.runtime.traffic import sent, total
 
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
-_COLD = 4.0  # times a hop in a chain of tasks that do nothing takes one in a step (fitted, as in simulate/placed.py)
-_LANE = 5.0  # tasks' worth of handling that a lane takes with its inputs (17 ms of CPU for two, of a small GPT)
-_SLACK = 1.2  # bytes that glibc's heap takes for each byte of tensors in it, at the peak of a step
 _WORTH_LANES = 0.98  # of the time as a graph of tasks, which shows more of a step while it runs
 GRAPH, IN_LANES = "graph", "lanes"
-_PROCESS = 2e6  # bytes that a worker takes to run one more program, beside tensors
 
 
 @dataclass(frozen=True)
@@ -444,22 +439,6 @@ class StepBuilder:
                 )
             self._captures[key] = captured
         return self._captures[key]
-
-
-def runtime_of(cluster: Cluster, lanes: bool) -> Runtime:
-    """What Dask takes beside the tasks of a step.
-
-    Before the first task of a step, its update waits for a task that says that all devices have ended, and the next
-    step waits for the update: two messages. In lanes, a step is a task on each worker, and waits for the one before it
-    there alone. What a process holds was measured, on settings as local_workers has them.
-    """
-    held = Runtime(barrier=True, slack=_SLACK, process=_PROCESS, ahead=AHEAD)
-    if lanes:
-        begin = median(device.overhead + device.hop for device in cluster.devices)
-        lane = _LANE * median(device.handling for device in cluster.devices)
-        return replace(held, begin=begin, per_device=lane, in_place=True, whole_results=False)
-    message = _COLD * median(device.hop for device in cluster.devices)
-    return replace(held, begin=2 * message, message=message, versions=2)
 
 
 def modes_of(model: nn.Module) -> tuple[tuple[bool, ...], tuple[bool, ...], State]:

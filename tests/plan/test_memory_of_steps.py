@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -94,6 +95,53 @@ def test_processes_take_more(case: tuple[Graph, Program, Cluster], slack: float,
         assert peak == pytest.approx((plain[device] + ahead * inputs) * slack + process, abs=0.01)
 
 
+@given(placed(), st.floats(0, 0.5))
+def test_holes_are_left_by_what_is_allocated(case: tuple[Graph, Program, Cluster], holes: float) -> None:
+    """A body of n inputs makes n values, one after the other: its adds and its result; a transfer makes one."""
+    graph, program, cluster = case
+    plain = simulate(graph, program, cluster, lambda node: 1.0).peaks
+    peaks = simulate(graph, program, cluster, lambda node: 1.0, runtime=Runtime(holes=holes)).peaks
+    for device, peak in peaks.items():
+        nodes = [node for node in graph.nodes if node.attrs["device"] == device]
+        allocated = sum(WIDE.nbytes * (len(node.inputs) if node.op == "call" else 1) for node in nodes)
+        assert peak == pytest.approx(plain[device] + holes * allocated, abs=0.01)
+
+
+def sent(count: int, host: str) -> tuple[Graph, Program, Cluster]:
+    """A line of calls: each device makes a value and sends it to the other, ``count`` times in all."""
+    devices = tuple(replace(cpu_device(index), host=host) for index in range(2))
+    value = start = Value("y0", WIDE.with_(device="cpu:0"))
+    nodes: list[Node] = []
+    for index in range(count):
+        here, there = f"cpu:{index % 2}", f"cpu:{(index + 1) % 2}"
+        made, moved = Value(f"m{index}", WIDE.with_(device=here)), Value(f"y{index + 1}", WIDE.with_(device=there))
+        nodes.append(Node("call", (value,), (made,), Attrs({"callee": "body1", "device": here, "task": f"T{index}"})))
+        nodes.append(Node("transfer", (made,), (moved,), Attrs({"device": there})))
+        value = moved
+    last = Value("z", value.type)
+    attrs = Attrs({"callee": "body1", "device": str(value.type.device), "task": "last"})
+    nodes.append(Node("call", (value,), (last,), attrs))
+    graph = Graph("step", (Port(start, "input", "x"),), tuple(nodes), (Port(last, "output", "0"),))
+    return graph, Program({"step": graph, "body1": body(1)}), Cluster(devices, Link(1e-6, 1e12))
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_a_block_of_shared_memory_is_used_again_and_stays_at_both_ends(count: int) -> None:
+    graph, program, cluster = sent(count, "host")
+    plain = simulate(graph, program, cluster, lambda node: 1.0)
+    shared = simulate(graph, program, cluster, lambda node: 1.0, runtime=Runtime(shares=0))
+    for device in ("cpu:0", "cpu:1"):  # one block each way, and what came is in no other memory
+        assert plain.peaks[device] <= shared.peaks[device] <= plain.peaks[device] + 2 * WIDE.nbytes
+
+
+def test_only_large_messages_within_a_host_are_shared() -> None:
+    graph, program, cluster = sent(4, "host")
+    plain = simulate(graph, program, cluster, lambda node: 1.0).peaks
+    assert simulate(graph, program, cluster, lambda node: 1.0, runtime=Runtime(shares=WIDE.nbytes)).peaks == plain
+    graph, program, cluster = sent(4, "")
+    assert simulate(graph, program, cluster, lambda node: 1.0, runtime=Runtime(shares=0)).peaks == plain
+
+
 def test_a_gpu_has_no_process_to_count() -> None:
     value, made = (Value(name, WIDE.with_(device="gpu:0")) for name in "xy")
     node = Node("call", (value,), (made,), Attrs({"callee": "body1", "device": "gpu:0", "task": "T"}))
@@ -101,7 +149,9 @@ def test_a_gpu_has_no_process_to_count() -> None:
     program = Program({"step": graph, "body1": body(1)})
     cluster = Cluster((gpu_device(0),))
     plain = simulate(graph, program, cluster).peaks
-    assert plain == simulate(graph, program, cluster, runtime=Runtime(slack=1.5, process=1e9)).peaks
+    assert (
+        plain == simulate(graph, program, cluster, runtime=Runtime(slack=1.5, holes=1.0, shares=0, process=1e9)).peaks
+    )
 
 
 def test_kernels_that_copy_what_they_read_need_room() -> None:

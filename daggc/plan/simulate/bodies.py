@@ -18,11 +18,13 @@ class Allocation:
             memory, the first holds all of it.
         shares: for each output, the number of the output whose memory it is in; -1 for an input's.
         workspace: the most that it holds at a time beside its inputs and outputs, its kernels' included.
+        allocated: all that it allocates, one after the other.
     """
 
     outputs: tuple[float, ...]
     shares: tuple[int, ...]
     workspace: float
+    allocated: float
 
 
 def allocation_of(body: Graph) -> Allocation:
@@ -48,7 +50,7 @@ def allocation_of(body: Graph) -> Allocation:
             last[root[value.name]] = index
     given = [root[port.value.name] for port in body.outputs]
     held = {"": True, **dict.fromkeys(given, True)}
-    now, peak = 0, 0.0
+    now, peak, allocated = 0, 0.0, 0.0
     dying: dict[int, list[str]] = {}
     for name, index in last.items():
         if name not in held:
@@ -58,14 +60,16 @@ def allocation_of(body: Graph) -> Allocation:
         for value in node.outputs:
             if root[value.name] == value.name:
                 now += size[value.name]
+                allocated += size[value.name]
                 total += size[value.name] if value.name in held else 0
-        peak = max(peak, now + (0.0 if node.op == "call" else REGISTRY[node.op].cost(node).workspace))
+        kernel = 0.0 if node.op == "call" else REGISTRY[node.op].cost(node).workspace
+        peak, allocated = max(peak, now + kernel), allocated + kernel
         now -= sum(size[name] for name in dying.get(index, ()))
     shares = tuple(given.index(name) if name else -1 for name in given)
     outputs = tuple(
         float(size[name]) if own == place else 0.0 for place, (name, own) in enumerate(zip(given, shares, strict=True))
     )
-    return Allocation(outputs, shares, float(max(peak - total, 0)))
+    return Allocation(outputs, shares, float(max(peak - total, 0)), allocated)
 
 
 def _in_place(node: Node) -> bool:

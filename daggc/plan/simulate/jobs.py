@@ -54,8 +54,10 @@ class Runtime:
         transfer_cores: cores that a transfer keeps busy at each of its ends while it lasts.
         barrier: updates wait until everything else has run, on all devices.
         versions: versions of parameters and buffers that a worker keeps: with 2, the one before the current too.
-        slack: bytes that a CPU's process holds for each byte of its values, at their peak: an allocator cannot use
-            all that is free.
+        slack: bytes that a CPU's process holds for each byte of its values, at their peak.
+        holes: further bytes for each byte that it allocates in a step: an allocator cannot use all that is free.
+        shares: bytes from which on a message between processes of one host lies in memory that both have; None: none
+            does.
         ahead: steps whose inputs are on the workers already while a step runs.
         process: bytes that it holds to run any program at all: code, records of tasks.
         in_place: updates write the new parameters where the old ones are.
@@ -71,6 +73,8 @@ class Runtime:
     barrier: bool = False
     versions: int = 1
     slack: float = 1.0
+    holes: float = 0.0
+    shares: int | None = None
     process: float = 0.0
     in_place: bool = False
     ahead: int = 0

@@ -9,16 +9,14 @@ from dataclasses import replace
 from daggc.ir.graph import Graph, Node, Program
 from daggc.plan.cost import graph_seconds
 from daggc.plan.device import Cluster
-from daggc.plan.simulate.bodies import Allocation, allocation_of
 from daggc.plan.simulate.engine import run_jobs
+from daggc.plan.simulate.held import memory_of
 from daggc.plan.simulate.jobs import IDEAL, Job, Runtime
-from daggc.plan.simulate.memory import Buffer, Memory, memory_over_time
+from daggc.plan.simulate.messages import messages_of
 from daggc.plan.simulate.result import Simulation
 
 # Calibration measures handling in chains of tasks that do nothing, where caches are warm.
 _IN_STEP = 2.0  # times as long it takes in a step (fitted on 34 steps of nine models)
-_REPLACED = ("param", "buffer", "state")  # kinds of outputs that take the place of an input
-_RESIDENT = (*_REPLACED, "constant")  # kinds of inputs that stay on their device between steps
 
 
 def simulate(
@@ -50,14 +48,7 @@ def simulate(
     done = _visible(run_jobs([*jobs, *handling], strict, sharing.capacity, runtime), len(jobs))
     if not memory:
         return done
-    resident, buffers, workspace = _memory(step, program, runtime)
-    values = memory_over_time(done.tasks, buffers, resident, workspace)
-    processes = {device.name for device in cluster.devices if device.kind == "cpu"}
-    held = {
-        device: Memory(own.times, own.bytes * runtime.slack + runtime.process) if device in processes else own
-        for device, own in values.items()
-    }
-    return replace(done, memory=held)
+    return replace(done, memory=memory_of(step, program, cluster, done, runtime))
 
 
 def _jobs(
@@ -94,24 +85,16 @@ def _jobs(
 
 def _handling(step: Graph, sharing: _Sharing, per_device: float) -> list[Job]:
     """What the machinery computes for each device, task and message, on cores that the tasks share."""
-    makers = {value.name: index for index, node in enumerate(step.nodes) for value in node.outputs}
-    readers = {value.name: index for index, node in reversed([*enumerate(step.nodes)]) for value in node.inputs}
     devices = dict.fromkeys(str(node.attrs["device"]) for node in step.nodes if node.op == "call")
     found = [job for device in devices for job in sharing.handling(device, per_device / _IN_STEP, ())]
-    messages: dict[tuple[int | str | None, int | None], list[int]] = {}  # values that go the same way go as one
     for index, node in enumerate(step.nodes):
-        if node.op == "transfer":
-            value = node.inputs[0]
-            way = makers.get(value.name, value.type.device), readers.get(node.output.name)
-            messages.setdefault(way, []).append(index)
-        else:
+        if node.op != "transfer":
             device = str(node.attrs["device"])
             found += sharing.handling(device, sharing.of_task(device), (index,))
-    for sent in messages.values():
-        nbytes = sum(step.nodes[index].output.type.nbytes for index in sent)
-        source, target = str(step.nodes[sent[0]].inputs[0].type.device), str(step.nodes[sent[0]].attrs["device"])
-        for end in (source, target):
-            found += sharing.handling(end, sharing.of_message(source, target, nbytes), (sent[0],))
+    for message in messages_of(step):
+        for end in (message.source, message.target):
+            seconds = sharing.of_message(message.source, message.target, message.nbytes)
+            found += sharing.handling(end, seconds, (message.transfers[0],))
     return found
 
 
@@ -195,61 +178,3 @@ def _hold_updates(step: Graph, jobs: list[Job]) -> None:
     last = [i for i in others if i not in awaited]
     for update in updates:
         jobs[update] = replace(jobs[update], needs=(*jobs[update].needs, *last))
-
-
-def _memory(step: Graph, program: Program, runtime: Runtime) -> tuple[dict[str, float], list[Buffer], dict[int, float]]:
-    """Bytes that devices hold all the time, values that come and go, and the workspace of tasks by index."""
-    readers: dict[str, list[int]] = {}
-    for index, node in enumerate(step.nodes):
-        for value in node.inputs:
-            readers.setdefault(value.name, []).append(index)
-    makers = {value.name: index for index, node in enumerate(step.nodes) for value in node.outputs}
-    bodies: dict[str, Allocation] = {}
-    buffers: list[Buffer] = []
-    workspace: dict[int, float] = {}
-    fresh: set[str] = set()  # results that have memory of their own
-    kept = {port.value.name for port in step.outputs}
-
-    def last_readers(name: str) -> list[int]:
-        """Tasks that need a value, there or on other devices: what is sent is held until it was used."""
-        found: list[int] = []
-        for index in readers.get(name, ()):
-            node = step.nodes[index]
-            found += [index, *last_readers(node.output.name)] if node.op == "transfer" else [index]
-        return found
-
-    for index, node in enumerate(step.nodes):
-        device = str(node.attrs["device"])
-        if node.op == "transfer":
-            name = node.output.name
-            buffers.append(Buffer(device, node.output.type.nbytes, index, tuple(readers.get(name, ())), name in kept))
-            continue
-        callee = str(node.attrs["callee"])
-        if callee not in bodies:
-            bodies[callee] = allocation_of(program[callee])
-        body = bodies[callee]
-        workspace[index] = body.workspace
-        if runtime.in_place and node.attrs.get("phase") == "update":
-            continue
-        here = {i for value in node.outputs for i in readers.get(value.name, ()) if step.nodes[i].op == "call"}
-        for place, nbytes in enumerate(body.outputs):
-            own = [value for value, share in zip(node.outputs, body.shares, strict=True) if share == place]
-            needed = {i for value in own for i in last_readers(value.name)} | (here if runtime.whole_results else set())
-            fresh.update(value.name for value in own)
-            stays = any(value.name in kept for value in own)
-            buffers.append(Buffer(device, nbytes, index, tuple(sorted(needed)), stays))
-    resident: dict[str, float] = {}
-    successors = {port.ref: port.value.name for port in step.outputs if port.kind in _REPLACED}
-    for port in step.inputs:
-        device, nbytes = str(port.value.type.device), float(port.value.type.nbytes)
-        if port.kind not in _RESIDENT:
-            buffers.append(Buffer(device, nbytes, -1, tuple(last_readers(port.value.name))))
-            resident[device] = resident.get(device, 0.0) + runtime.ahead * nbytes
-            continue
-        versions = runtime.versions if port.kind in ("param", "buffer") and port.ref in successors else 1
-        new = successors.get(port.ref, "")
-        if new in fresh:  # the oldest version goes when the new one is there
-            buffers.append(Buffer(device, nbytes, -1, (*last_readers(port.value.name), makers[new])))
-            versions -= 1
-        resident[device] = resident.get(device, 0.0) + versions * nbytes
-    return resident, buffers, workspace

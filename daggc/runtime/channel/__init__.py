@@ -15,7 +15,7 @@ from distributed import WorkerPlugin, get_worker
 from daggc.errors import RunError
 from daggc.runtime.channel.direct import Channel
 
-__all__ = ["Channel", "channel", "install", "remove"]
+__all__ = ["Channel", "channel", "install", "remove", "trim"]
 
 _NAME = "daggc-channel"
 _CHANNELS: dict[str, Channel] = {}  # of the workers of this process, which is nearly always one, by address
@@ -33,6 +33,12 @@ def channel() -> Channel:
         return _CHANNELS[get_worker().address]
     except (ValueError, KeyError):
         raise RunError("this worker has no channel to others; was it started after the step was built?") from None
+
+
+def trim() -> None:
+    """Give back the shared memory of this process that no message is in."""
+    for own in list(_CHANNELS.values()):
+        own.trim(0)
 
 
 class _Opened(WorkerPlugin):

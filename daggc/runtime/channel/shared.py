@@ -122,7 +122,7 @@ class Pool:
 
 
 class Mappings:
-    """The blocks of others that this process has mapped. Used on the event loop."""
+    """The blocks of others that this process has mapped. Read on the event loop; any thread may trim."""
 
     def __init__(self) -> None:
         self._memory: dict[str, np.ndarray] = {}  # by name
@@ -131,15 +131,15 @@ class Mappings:
     def read(self, where: Where, nbytes: int) -> torch.Tensor | None:
         """The message in a block, u8[nbytes]; when its memory is dropped, the block is free. None: it is not shared."""
         process, file, name, size = where
-        if name not in self._memory:
+        memory = self._memory.get(name)
+        if memory is None:
             path = f"/proc/{int(process)}/fd/{int(file)}"
             try:
                 if os.readlink(path) != f"/memfd:{name} (deleted)":
                     return None
-                self._memory[name] = _mapped(path, size)
+                self._memory[name] = memory = _mapped(path, size)
             except (OSError, RuntimeError):
                 return None
-        memory = self._memory[name]
         self._used[name] = time.monotonic()
         message = memory[START : START + nbytes]  # an object of its own, which the tensor holds
         weakref.finalize(message, _clear, _word(memory)).atexit = False
@@ -148,8 +148,9 @@ class Mappings:
     def trim(self, seconds: float) -> None:
         """Forget blocks not used for so long; messages that are still read keep theirs."""
         limit = time.monotonic() - seconds
-        for name in [name for name, used in self._used.items() if used <= limit]:
-            del self._memory[name], self._used[name]
+        for name in [name for name, used in list(self._used.items()) if used <= limit]:
+            self._memory.pop(name, None)
+            self._used.pop(name, None)
 
     def __len__(self) -> int:
         return len(self._memory)
