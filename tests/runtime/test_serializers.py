@@ -8,7 +8,7 @@ from dask.sizeof import sizeof
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from daggc.backend.serializers import aligned, take_sent
+from daggc.backend.serializers import aligned, copied, take_sent
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -138,3 +138,14 @@ def test_bytes_that_are_sent_are_counted() -> None:
     serialize((numbers(torch.float32, 10, 10), numbers(torch.bfloat16, 6, 8)[::2, 1::3]))
     assert take_sent() == 400 + 3 * 3 * 2
     assert take_sent() == 0
+
+
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS.keys())
+def test_a_copy_has_memory_of_its_own_and_no_more_than_it_needs(tensor: torch.Tensor) -> None:
+    copy = copied(tensor)
+    assert type(copy) is torch.Tensor and not copy.requires_grad
+    assert (copy.dtype, copy.shape, bits(copy)) == (tensor.dtype, tensor.shape, bits(tensor))
+    assert not tensor.numel() or copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+    assert copy.untyped_storage().nbytes() <= max(tensor.untyped_storage().nbytes(), tensor.nbytes)
+    if tensor.is_contiguous():
+        assert copy.untyped_storage().nbytes() == tensor.nbytes

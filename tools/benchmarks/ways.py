@@ -78,10 +78,10 @@ WAYS: Mapping[str, Mapping[str, Way]] = {
         ),
         "daggc-pipeline": Way(
             "daggc, a pipeline", Command("daggc_workers", ("2",)),
-            {"replicas": 1, "schedule": "zb-h2", "microbatches": 4},
+            {"replicas": 1, "schedule": "zb-2p", "microbatches": 8},
             (
-                [{"schedule": name} for name in ("zb-2p", "zb-h1", "1f1b")],
-                [{"microbatches": 8}, {"schedule": "zb-2p", "microbatches": 8}],
+                [{"schedule": name} for name in ("zb-v", "zb-h2", "zb-h1", "1f1b")],
+                [{"microbatches": 4}, {"schedule": "zb-v", "microbatches": 4}],
                 [_AUTO],
             ),
         ),

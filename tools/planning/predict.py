@@ -243,12 +243,13 @@ def table(rows: Sequence[Row]) -> Table:
 def summary(rows: Sequence[Row]) -> str:
     errors = np.array([abs(row.error) for row in rows])
     ranks = [np.argsort(np.argsort([getattr(row, name) for row in rows])) for name in ("predicted", "measured")]
-    memory = np.array([abs(a / b - 1) for row in rows for a, b in row.memory.values() if b > 0])
+    memory = np.array([abs(a / b - 1) for row in rows for a, b in row.memory.values() if a and b])
     lines = [f"{len(rows)} plans: median error {np.median(errors):.1%}, 90th percentile {np.quantile(errors, 0.9):.1%}"]
     if len(rows) > 2:
         lines.append(f"  rank correlation {np.corrcoef(ranks[0], ranks[1])[0, 1]:.3f}")
     if len(memory):
-        lines.append(f"  memory: median error {np.median(memory):.1%}, at most {memory.max():.1%}")
+        close = f"{np.mean(memory <= 0.15):.0%} of {len(memory)} processes within 15%"
+        lines.append(f"  memory: median error {np.median(memory):.1%}, {close}, at most {memory.max():.1%}")
     return "\n".join(lines)
 
 
