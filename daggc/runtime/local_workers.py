@@ -10,6 +10,7 @@ loops are alive: that alone was 5% of a core for a scheduler and two workers tha
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,19 +67,30 @@ def local_workers(count: int, threads: int = 1) -> Iterator[Client]:
         threads: torch threads inside a task. Results depend on it in their last bits.
 
     Raises:
-        RunError: the workers did not start.
+        RunError: the workers did not start, or it is called outside ``if __name__ == "__main__":``.
     """
     if count < 1 or threads < 1:
         raise RunError(f"workers and threads are at least 1, got {count} and {threads}")
-    with dask.config.set(dask_settings(threads)):
-        cluster = LocalCluster(
-            n_workers=count,
-            threads_per_worker=2,  # one computes, one sends
-            processes=True,
-            dashboard_address=":0",
-            memory_limit=0,
-            silence_logs=logging.ERROR,
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself finds out
+        raise RunError(
+            "a worker process that starts imports your script, which starts workers in its turn: call local_workers "
+            'inside `if __name__ == "__main__":`'
         )
+    with dask.config.set(dask_settings(threads)):
+        try:
+            cluster = LocalCluster(
+                n_workers=count,
+                threads_per_worker=2,  # one computes, one sends
+                processes=True,
+                dashboard_address=":0",
+                memory_limit=0,
+                silence_logs=logging.ERROR,
+            )
+        except RuntimeError as wrong:
+            raise RunError(
+                f"the worker processes did not start ({wrong}; what they said is above). A script that starts workers "
+                'does so inside `if __name__ == "__main__":`'
+            ) from wrong
         with cluster, Client(cluster, timeout=60) as client:
             try:
                 client.wait_for_workers(count, timeout=60)

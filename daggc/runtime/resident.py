@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from daggc.runtime.memory import count_again, start_counting
 from daggc.runtime.pool import Pool
 from daggc.runtime.shipping import add_inputs
 from daggc.runtime.worker import Context, Record, put_state, read_state, run_task, run_update, take_records
+
+_PIECE = 1 << 26  # bytes of state that go to or from a worker at a time: so much it holds twice
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -184,6 +186,20 @@ class LocalHome:
         self._tensors = {}
 
 
+def _pieces(refs: Sequence[str], tensors: Tensors) -> list[list[str]]:
+    """The tensors of a device in groups; at least one, which may be empty."""
+    found: list[list[str]] = [[]]
+    room = _PIECE
+    for ref in refs:
+        nbytes = tensors[ref].nbytes
+        if nbytes > room and found[-1]:
+            found.append([])
+            room = _PIECE
+        found[-1].append(ref)
+        room -= nbytes
+    return found
+
+
 def _inside(memory: set[int], found: Tensors) -> dict[str, torch.Tensor]:
     """Copies of the tensors that lie in the memory of the state, which is about to be written to."""
     return {name: tensor.clone() for name, tensor in found.items() if tensor.untyped_storage().data_ptr() in memory}
@@ -226,6 +242,7 @@ class WorkerHome:
         self._name = f"train-{uuid.uuid4().hex}"
         self._broken: DaggcError | None = None
         self._devices: dict[str, str] = {}  # ref -> device of every resident tensor
+        self._pieces: dict[str, list[list[str]]] = {}  # by device
         self._shipped: dict[int, str] = {}  # id of a program -> its key; programs are kept by their builder
         self._after: dict[str, Found] = {}
         self._chained = False  # whether the step submitted last depends on the one before it
@@ -243,14 +260,22 @@ class WorkerHome:
         if not self._before:
             held = self.pool.gather([self.pool.run_on(device, start_counting) for device in self.pool.addresses])
             self._before = dict(zip(self.pool.addresses, held, strict=True))
-        futures: list[Future] = []
-        for device in self.pool.addresses:
-            own = {ref: tensors[ref].detach() for ref, home in homes.items() if home == device}
-            futures.append(self.pool.run_on(device, put_state, self._name, version, self.pool.scatter(own, device)))
-        self.pool.gather(futures)
+        own = {device: [ref for ref, home in homes.items() if home == device] for device in self.pool.addresses}
+        self._pieces = {device: _pieces(refs, tensors) for device, refs in own.items()}
+        for number, part in enumerate(self._parts()):
+            futures: list[Future] = []
+            for device, refs in part.items():
+                sent = self.pool.scatter({ref: tensors[ref].detach() for ref in refs}, device)
+                futures.append(self.pool.run_on(device, put_state, self._name, version, sent, number > 0))
+            self.pool.gather(futures)
         self.version = self._counted = version
         self._sent = 0.0
         self._newly_sent()
+
+    def _parts(self) -> Iterator[dict[str, list[str]]]:
+        """What of the state goes to or from the workers at a time: of each a piece."""
+        for number in range(max(map(len, self._pieces.values()), default=0)):
+            yield {device: own[number] for device, own in self._pieces.items() if number < len(own)}
 
     def _check(self) -> None:
         if self._broken is not None:
@@ -365,13 +390,15 @@ class WorkerHome:
         self.settle()
         self._check()
         self._sent += self._newly_sent()
-        futures = [
-            self.pool.run_on(device, store.snapshot, self._name, self.version)
-            for device in sorted(set(self._devices.values()))
-        ]
         tensors: dict[str, torch.Tensor] = {}
-        for part in self.pool.gather(futures):
-            tensors |= part
+        for part in self._parts():
+            futures = [
+                self.pool.run_on(device, store.snapshot, self._name, self.version, refs)
+                for device, refs in part.items()
+                if refs
+            ]
+            for found in self.pool.gather(futures):
+                tensors |= found
         self._newly_sent()  # the state, which no step sends
         return tensors
 

@@ -10,7 +10,7 @@ update that fails halfway poisons the state, and everything after fails clearly 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -131,13 +131,24 @@ class Store:
 _STORES: dict[str, Store] = {}
 
 
-def put(name: str, version: int, tensors: Tensors, device: torch.device | str = "cpu", copy: bool = True) -> int:
+def put(
+    name: str,
+    version: int,
+    tensors: Tensors,
+    device: torch.device | str = "cpu",
+    copy: bool = True,
+    more: bool = False,
+) -> int:
     """Create or replace a store in this process; the tensors are copied to ``device``. Returns the version.
 
     Args:
         copy: False where nobody else has the tensors: those on the device already are taken as they are.
+        more: add them to the store, which is at this version and was not used yet.
     """
     copies = {ref: tensor.detach().to(device, copy=copy) for ref, tensor in tensors.items()}
+    if more:
+        held = get(name)
+        copies = {**{ref: held.read(ref, version) for ref in held.refs}, **copies}
     _STORES[name] = Store(version, copies)
     return version
 
@@ -157,11 +168,11 @@ def status(name: str) -> int | None:
         return None if store.poisoned else store.version
 
 
-def snapshot(name: str, version: int) -> dict[str, torch.Tensor]:
-    """Copies of all tensors of a store, on the CPU. Raises RunError if it is not at that version."""
+def snapshot(name: str, version: int, refs: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Copies of tensors of a store, on the CPU. Raises RunError if it is not at that version."""
     store = get(name)
     with store.lock:  # optimizer state is changed in place
-        return {ref: store.read(ref, version).detach().to("cpu", copy=True) for ref in store.refs}
+        return {ref: store.read(ref, version).detach().to("cpu", copy=True) for ref in refs}
 
 
 def drop(name: str) -> None:

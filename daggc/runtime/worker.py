@@ -218,9 +218,9 @@ def unknow(key: str) -> None:
     _PROGRAMS.pop(key, None)
 
 
-def put_state(name: str, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Create or replace a store on this worker, on the device its tasks run on; it takes the tensors over."""
-    return store.put(name, version, tensors, own_device(), copy=False)
+def put_state(name: str, version: int, tensors: Mapping[str, torch.Tensor], more: bool) -> int:
+    """Create or replace a store on this worker, or add to it, on the device its tasks run on; it takes the tensors."""
+    return store.put(name, version, tensors, own_device(), copy=False, more=more)
 
 
 def to_own_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

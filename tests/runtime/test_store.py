@@ -71,9 +71,9 @@ def test_what_is_put_is_copied_and_snapshots_are_of_one_version() -> None:
     given = torch.zeros(2)
     store.put("t", 0, {"param:w": given})
     given.add_(1)
-    assert store.snapshot("t", 0)["param:w"].tolist() == [0, 0]
+    assert store.snapshot("t", 0, ["param:w"])["param:w"].tolist() == [0, 0]
     with pytest.raises(RunError):
-        store.snapshot("t", 7)
+        store.snapshot("t", 7, ["param:w"])
     store.drop("t")
     with pytest.raises(RunError, match="is not on this worker"):
         store.get("t")
@@ -100,3 +100,15 @@ def test_a_step_that_fails_before_it_changes_anything_leaves_the_state_sound(hel
         held.step(3, fails, lambda prepared: (prepared, {}))
     assert not held.poisoned
     assert held.version == 3
+
+
+def test_a_store_comes_in_pieces_and_goes_in_pieces() -> None:
+    store.put("p", 4, {"param:w": torch.ones(2)})
+    store.put("p", 4, {"state:m": torch.zeros(3)}, more=True)
+    assert set(store.get("p").refs) == {"param:w", "state:m"}
+    assert store.snapshot("p", 4, ["state:m"])["state:m"].tolist() == [0, 0, 0]
+    with pytest.raises(RunError, match="version"):
+        store.put("p", 5, {"state:v": torch.zeros(3)}, more=True)
+    store.put("p", 4, {"param:w": torch.ones(2)})
+    assert store.get("p").refs == ("param:w",)
+    store.drop("p")
