@@ -19,7 +19,7 @@ from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
-from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, require_room, take_best
+from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, take_best
 from daggc.plan.bodies import Group, Scaling
 from daggc.plan.device import Cluster
 from daggc.plan.fuse import fused
@@ -40,6 +40,7 @@ from daggc.runtime.traffic import sent, total
 # Without folding, whose limit on sizes may treat captures at two batch sizes differently.
 _SIMPLIFY = "canonicalize,cse,dce"
 _WORTH_LANES = 0.98  # of the time as a graph of tasks, which shows more of a step while it runs
+_SPARE = 1.15  # times the memory that is predicted for a graph of tasks, which holds more than lanes, must be there
 GRAPH, IN_LANES = "graph", "lanes"
 
 
@@ -232,11 +233,10 @@ class StepBuilder:
         if wanted.execution != AUTO or len(devices_of(best.step.graph)) == 1:
             return best
         graph = replace(best, lanes=False)
-        try:
-            require_room(graph.predicted, self.cluster)
-        except PlanError:  # it keeps two versions of parameters; lanes one
-            return best
-        return best if best.predicted.makespan < _WORTH_LANES * graph.predicted.makespan else graph
+        peaks = graph.predicted.peaks
+        roomy = all(_SPARE * peak <= self.cluster.device(name).memory for name, peak in peaks.items())
+        faster = best.predicted.makespan < _WORTH_LANES * graph.predicted.makespan
+        return best if faster or not roomy else graph
 
     def use(self, cluster: Cluster) -> None:
         """Plan for these devices from now on."""
