@@ -1,6 +1,6 @@
 """A stream of batches through BERT-base: ``map`` over worker processes of one thread against eager PyTorch with one.
 
-``python -m benchmarks.inference`` (with ``tools`` on the path). Rounds of both in turn; medians. The bound is as many
+``tools/stream``. Rounds of both in turn; medians. The bound is as many
 times eager as there are workers, less the fill of the pipeline; the results are compared bit by bit.
 """
 

@@ -28,8 +28,8 @@ def memory_of(step: Graph, program: Program, cluster: Cluster, done: Simulation,
     def held(device: str, own: Memory) -> Memory:
         if device not in processes:
             return own
-        more = runtime.process + runtime.holes * allocated.get(device, 0.0) + blocks.get(device, 0.0)
-        return Memory(own.times, own.bytes * runtime.slack + more)
+        holes = min(runtime.holes * allocated.get(device, 0.0), runtime.most_holes * own.peak)
+        return Memory(own.times, own.bytes * runtime.slack + runtime.process + holes + blocks.get(device, 0.0))
 
     values = memory_over_time(done.tasks, buffers, resident, workspace)
     return {device: held(device, own) for device, own in values.items()}

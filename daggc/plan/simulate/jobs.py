@@ -56,6 +56,7 @@ class Runtime:
         versions: versions of parameters and buffers that a worker keeps: with 2, the one before the current too.
         slack: bytes that a CPU's process holds for each byte of its values, at their peak.
         holes: further bytes for each byte that it allocates in a step: an allocator cannot use all that is free.
+        most_holes: the most that they come to, as a part of the values at their peak.
         shares: bytes from which on a message between processes of one host lies in memory that both have; None: none
             does.
         ahead: steps whose inputs are on the workers already while a step runs.
@@ -74,6 +75,7 @@ class Runtime:
     versions: int = 1
     slack: float = 1.0
     holes: float = 0.0
+    most_holes: float = 1.0
     shares: int | None = None
     process: float = 0.0
     in_place: bool = False
