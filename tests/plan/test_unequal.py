@@ -64,7 +64,8 @@ def test_the_busy_process_ends_whatever_happens():
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_a_worker_that_shares_its_core_is_seen_and_gets_less():
+def test_a_worker_that_shares_its_core_is_seen_and_gets_less(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGGC_CALIBRATE", "auto")
     result = slow_worker(width=512, samples=128, rounds=2)
     assert 1.3 < result.factor < 4
     assert 0.2 < result.shares["cpu:1"] < 0.45 and str(result)
