@@ -56,7 +56,8 @@ def test_inputs_without_a_gradient_do_not_matter(program: Program):
     _, grads = backward_of(vjp(program))
     inputs = random_inputs(program.forward)
     ports = [p for p in program.forward.inputs_of("param", "input") if p.value.type.is_float and p.ref not in grads]
-    moved = {**inputs, **{port.ref: inputs[port.ref] + 0.01 for port in ports}}
+    # So little that hardly a step is crossed: hardtanh_backward has a zero derivative by its input, and jumps.
+    moved = {**inputs, **{port.ref: inputs[port.ref] + 1e-6 for port in ports}}
     floats = {port.ref for port in program.forward.outputs_of("output") if port.value.type.is_float}
     before, after = interpret(program, inputs), interpret(program, moved)
     for ref in floats:
