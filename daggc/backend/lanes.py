@@ -17,7 +17,7 @@ A step of which one device has all is a lane without peers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,23 +26,8 @@ from dask._task_spec import Task
 from daggc.backend.dask_graph import COMMITTED, Argument, Dependencies, Emission, Found, Resident, Source
 from daggc.errors import PlanError
 from daggc.ir.graph import Graph, Node, Port
-
-RESIDENT = ("param", "buffer", "constant", "state")  # kinds of inputs that are on their device already
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """Values that go from one device to another together, because one call makes them and one call waits for them.
-
-    Attributes:
-        tag: distinct in the graph.
-        values: what they are called where they are made, and where they are read.
-    """
-
-    tag: str
-    source: str
-    target: str
-    values: tuple[tuple[str, str], ...]
+from daggc.plan.messages import Message, messages_of
+from daggc.plan.outline import RESIDENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +83,13 @@ def lane_of(graph: Graph, device: str) -> Lane:
     for node in graph.nodes:
         if node.op == "transfer" and node.inputs[0].name in given and str(node.output.type.device) == device:
             inputs[node.output.name] = given[node.inputs[0].name].ref
-    messages = _messages(graph, given)
     sends: dict[int, list[Message]] = {}
     receives: dict[int, list[Message]] = {}
-    for (made, _, read), message in messages.items():
-        if message.source == device:
-            sends.setdefault(made, []).append(message)
-        if message.target == device:
-            receives.setdefault(read, []).append(message)
+    for message in sorted(messages_of(graph, given), key=lambda one: (one.maker, one.source, one.reader)):
+        if message.reader >= 0 and message.source == device:
+            sends.setdefault(message.maker, []).append(message)
+        if message.reader >= 0 and message.target == device:
+            receives.setdefault(message.reader, []).append(message)
     before: list[Action] = [Send(message) for message in sends.get(-1, ())]
     updates: list[Node] = []
     for index, node in enumerate(graph.nodes):
@@ -123,28 +107,6 @@ def lane_of(graph: Graph, device: str) -> Lane:
         tuple(port for port in graph.outputs if str(port.value.type.device) == device),
         tuple(name for name in devices_of(graph) if name != device),
     )  # fmt: skip
-
-
-def _messages(graph: Graph, given: Collection[str]) -> dict[tuple[int, str, int], Message]:
-    """What is sent, by the position of the call that makes it (-1: it is resident), its device and its first reader."""
-    makers = {value.name: at for at, node in enumerate(graph.nodes) if node.op == "call" for value in node.outputs}
-    readers: dict[str, int] = {}
-    for at, node in enumerate(graph.nodes):
-        for value in node.inputs if node.op == "call" else ():
-            readers.setdefault(value.name, at)
-    together: dict[tuple[int, str, int], list[Node]] = {}
-    for node in graph.nodes:
-        value = node.inputs[0] if node.op == "transfer" else None
-        if value is not None and value.name not in given and node.output.name in readers:
-            way = makers.get(value.name, -1), str(value.type.device), readers[node.output.name]
-            together.setdefault(way, []).append(node)
-    return {
-        way: Message(
-            nodes[0].output.name, way[1], str(nodes[0].attrs["device"]),
-            tuple((node.inputs[0].name, node.output.name) for node in nodes),
-        )
-        for way, nodes in sorted(together.items())
-    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

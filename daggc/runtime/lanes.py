@@ -20,11 +20,12 @@ from distributed import get_worker
 from distributed.worker_state_machine import SecedeEvent
 
 from daggc.backend.dask_graph import COMMITTED
-from daggc.backend.lanes import Action, Lane, LaneCall, Message, Receive, Send, lane_of
+from daggc.backend.lanes import Action, Lane, LaneCall, Receive, Send, lane_of
 from daggc.backend.local import in_turn, run_graph
 from daggc.backend.serializers import laid_out
 from daggc.errors import RunError
 from daggc.ir.graph import Node, Program
+from daggc.plan.messages import Message
 from daggc.runtime import store
 from daggc.runtime.channel import Channel, channel
 from daggc.runtime.devices import own_device
@@ -174,8 +175,8 @@ class LaneRun:
         place, distance = devices.index(self.lane.device), 1
         while distance < len(devices):
             to, source = devices[(place + distance) % len(devices)], devices[place - distance]
-            self.send(Message(f"meet {distance}", self.lane.device, to, ()), ())
-            self.receive(Message(f"meet {distance}", source, self.lane.device, ()))
+            self.send(Message(f"meet {distance}", self.lane.device, to), ())
+            self.receive(Message(f"meet {distance}", source, self.lane.device))
             distance *= 2
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from daggc.plan.device import Cluster
 from daggc.plan.explain import seconds as as_text
+from daggc.plan.outline import RESIDENT
 from daggc.runtime.calibration.refine import measured_tasks, refined
 from daggc.runtime.step_program import StepBuilder, StepProgram
 from daggc.runtime.worker import Record
@@ -59,7 +60,7 @@ def replanned(
 def moving_seconds(old: StepProgram, new: StepProgram, cluster: Cluster) -> float:
     """Seconds that it takes to move the state from one plan's devices to another's, over the client."""
     homes = {ref: device for ref, device, _ in old.layout}
-    ports = new.step.graph.inputs_of("param", "buffer", "constant", "state")
+    ports = new.step.graph.inputs_of(*RESIDENT)
     if all(homes.get(port.ref) == port.value.type.device for port in ports):
         return 0.0
     nbytes = sum(port.value.type.nbytes for port in ports)  # all of it: the client takes it home and sends it out

@@ -14,12 +14,13 @@ from distributed.comm.core import CommClosedError
 from torch.autograd.graph import increment_version
 
 from daggc.backend.dask_graph import Emission, Found, Resident, Source, add_collection, emit
-from daggc.backend.lanes import RESIDENT, emit_lanes
+from daggc.backend.lanes import emit_lanes
 from daggc.backend.local import run_calls
 from daggc.backend.serializers import take_sent
 from daggc.errors import DaggcError, RunError, WorkerLostError
 from daggc.frontend.dtypes import ir_type
 from daggc.ir.graph import Program
+from daggc.plan.outline import RESIDENT
 from daggc.runtime import store
 from daggc.runtime.dask_executor import merged, new_token, opaque_functions, program_key
 from daggc.runtime.devices import device_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from daggc.backend.lanes import RESIDENT, devices_of
+from daggc.backend.lanes import devices_of
 from daggc.errors import CaptureError, IRError, PlanError
 from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_state
 from daggc.frontend.export import Capture, capture
@@ -24,7 +24,7 @@ from daggc.plan.bodies import Group, Scaling
 from daggc.plan.device import Cluster
 from daggc.plan.fuse import fused
 from daggc.plan.lanes import in_lanes
-from daggc.plan.outline import outline
+from daggc.plan.outline import RESIDENT, outline
 from daggc.plan.part import Part, Step
 from daggc.plan.plan import Plan, plan_model
 from daggc.plan.recomputation import recomputing

@@ -16,8 +16,8 @@ from typing import Any
 from daggc.backend.dask_submission import REPEATED
 from daggc.backend.serializers import receiver
 from daggc.ir.graph import Graph
+from daggc.plan.outline import RESIDENT
 from daggc.plan.schedule.tasks import BACKWARD, FORWARD, FORWARD_BACKWARD
-from daggc.runtime.resident import RESIDENT
 
 CLIENT = "client"
 _MADE = {FORWARD: "activation", BACKWARD: "cotangent", FORWARD_BACKWARD: "cotangent"}  # by the phase of its task

@@ -14,6 +14,7 @@ from daggc.plan.automatic import AUTO
 from daggc.plan.bodies import Group
 from daggc.plan.compared import Comparison, compare
 from daggc.plan.device import Cluster, cluster_of, cpu_device
+from daggc.plan.outline import RESIDENT
 from daggc.plan.plan import Plan
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -30,7 +31,7 @@ from daggc.runtime.optimizers import (
 )
 from daggc.runtime.pool import Pool
 from daggc.runtime.replan import Replanned, replanned
-from daggc.runtime.resident import RESIDENT, Home, LocalHome, Pending, WorkerHome
+from daggc.runtime.resident import Home, LocalHome, Pending, WorkerHome
 from daggc.runtime.scaler import (
     Scaler,
     check_scaled,

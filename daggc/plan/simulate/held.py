@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Sequence
 
 from daggc.ir.graph import Graph, Program
 from daggc.plan.device import Cluster
+from daggc.plan.messages import Message, messages_of
 from daggc.plan.simulate.bodies import Allocation, allocation_of
 from daggc.plan.simulate.jobs import Runtime
 from daggc.plan.simulate.memory import Buffer, Memory, memory_over_time
-from daggc.plan.simulate.messages import Message, messages_of
 from daggc.plan.simulate.result import Simulation
 
 _REPLACED = ("param", "buffer", "state")  # kinds of outputs that take the place of an input

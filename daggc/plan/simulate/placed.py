@@ -9,10 +9,10 @@ from dataclasses import replace
 from daggc.ir.graph import Graph, Node, Program
 from daggc.plan.cost import graph_seconds
 from daggc.plan.device import Cluster
+from daggc.plan.messages import messages_of
 from daggc.plan.simulate.engine import run_jobs
 from daggc.plan.simulate.held import memory_of
 from daggc.plan.simulate.jobs import IDEAL, Job, Runtime
-from daggc.plan.simulate.messages import messages_of
 from daggc.plan.simulate.result import Simulation
 
 # Calibration measures handling in chains of tasks that do nothing, where caches are warm.
