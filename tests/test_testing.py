@@ -21,6 +21,7 @@ from daggc.testing import (
     op_samples,
     programs,
     random_inputs,
+    rounded_otherwise,
     sample_graph,
     with_dtype,
 )
@@ -215,3 +216,16 @@ def test_finite_differences():
     assert slope.agrees(inner(ct, np.exp(at) * along), tolerance=1e-10)
     assert not slope.agrees(inner(ct, np.exp(at) * along) + 1e-3)
     assert not Slope(1.0, 0.5).reliable
+
+
+def test_what_a_norm_leaves_of_equal_numbers_is_rounding():
+    b = REGISTRY.builder("forward")
+    x = b.input(TensorType("f64", (2, 4)), "input", "0")
+    ones = b.emit("full", value=1.0, shape=(2, 4), dtype="f64")
+    b.output(b.emit_many("layer_norm", ones, normalized_shape=(4,), eps=1e-5)[0], "output", "0")
+    for op in ("max", "median"):
+        b.output(b.emit("eq", b.emit(op, x), b.emit(op, x)), "output", op)
+    found = [rounded_otherwise(b.build(), [np.ones((2, 4))], seed) for seed in range(4)]
+    sizes = [np.abs(norm).max() for norm, *_ in found]
+    assert 1e-14 < max(sizes) < 1e-12
+    assert all(same for _, *picked in found for same in picked), "what is picked from numbers is one of them"

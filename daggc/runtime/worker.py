@@ -26,7 +26,7 @@ from daggc.runtime.devices import own_device
 from daggc.runtime.memory import resident_now
 
 _PROGRAMS: dict[str, Program] = {}
-_RECORDS: deque[Record] = deque(maxlen=20_000)
+_RECORDS: deque[Record] = deque(maxlen=4_000)  # some 200 bytes each: a worker must not seem to grow until it is full
 _USABLE = 0.8  # of a limit on a worker's memory
 _HELD = 0.0  # bytes of this process before it had any model
 _threads = threading.local()

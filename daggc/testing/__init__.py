@@ -15,6 +15,7 @@ whole op table:
             np.testing.assert_array_equal(after[ref], array)
 
 ``programs(differentiable=True)`` gives programs whose derivatives compare with :func:`finite_difference`.
+:func:`rounded_otherwise` tells how far two correct implementations may be apart.
 :func:`op_samples` walks the op table, :func:`sample_graph` makes a one-node graph of a sample; an op
 registered by a plug-in takes part in all of this through its ``samples``.
 """
@@ -22,6 +23,7 @@ registered by a plug-in takes part in all of this through its ``samples``.
 from daggc.testing.arrays import domain_of, draw_array, random_inputs
 from daggc.testing.gradients import Slope, finite_difference, inner, random_direction
 from daggc.testing.programs import programs
+from daggc.testing.rounding import rounded_otherwise
 from daggc.testing.samples import OpSample, has_true_derivative, op_samples, sample_graph, with_dtype
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "programs",
     "random_direction",
     "random_inputs",
+    "rounded_otherwise",
     "sample_graph",
     "with_dtype",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same_bits, run_torch
-from hypothesis import assume, given
+from hypothesis import assume, given, reject
 
 from daggc.errors import DifferentiationError, IRError
 from daggc.interp import interpret, interpret_graph
-from daggc.ir.graph import Graph, Program
+from daggc.ir.graph import Graph, Port, Program
 from daggc.ir.parser import parse
 from daggc.ir.printer import print_program
 from daggc.ir.types import TensorType
@@ -18,9 +20,35 @@ from daggc.ops import REGISTRY
 from daggc.passes.manager import pipeline, run
 from daggc.passes.split import join
 from daggc.passes.vjp import differentiate, has_gradient, vjp
-from daggc.testing import finite_difference, inner, programs, random_direction, random_inputs
+from daggc.testing import finite_difference, inner, programs, random_direction, random_inputs, rounded_otherwise
 
 SMOOTH = programs(differentiable=True, max_ops=8)
+
+
+def differentiated(program: Program) -> Program:
+    """A generated program with its backward; the example is given up where no output depends on any input.
+
+    What is generated does read one, but a ``checkpoint`` may only pass it on, as a result that is not asked for.
+    """
+    try:
+        return vjp(program)
+    except DifferentiationError:
+        assert_unmoved(program, [p for p in program.forward.inputs_of("param", "input") if p.value.type.is_float])
+        reject()
+
+
+def assert_unmoved(program: Program, ports: Sequence[Port]) -> None:
+    """Float outputs stay as they are when these inputs change.
+
+    They change so little that hardly a step is crossed: hardtanh_backward has a zero derivative by its input, and
+    jumps.
+    """
+    inputs = random_inputs(program.forward)
+    moved = {**inputs, **{port.ref: inputs[port.ref] + 1e-6 for port in ports}}
+    before, after = interpret(program, inputs), interpret(program, moved)
+    for port in program.forward.outputs_of("output"):
+        if port.value.type.is_float:
+            assert_same_bits(after[port.ref], before[port.ref], port.ref)
 
 
 def backward_of(program: Program) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -39,7 +67,7 @@ def tame(*arrays: np.ndarray) -> bool:
 
 @given(SMOOTH)
 def test_gradients_agree_with_finite_differences(program: Program):
-    after = vjp(program)
+    after = differentiated(program)
     verify(after, REGISTRY)
     cotangents, grads = backward_of(after)
     inputs = random_inputs(program.forward)
@@ -53,21 +81,15 @@ def test_gradients_agree_with_finite_differences(program: Program):
 @given(SMOOTH)
 def test_inputs_without_a_gradient_do_not_matter(program: Program):
     """A differentiable input that has no ``grad`` output reaches no output."""
-    _, grads = backward_of(vjp(program))
-    inputs = random_inputs(program.forward)
-    ports = [p for p in program.forward.inputs_of("param", "input") if p.value.type.is_float and p.ref not in grads]
-    # So little that hardly a step is crossed: hardtanh_backward has a zero derivative by its input, and jumps.
-    moved = {**inputs, **{port.ref: inputs[port.ref] + 1e-6 for port in ports}}
-    floats = {port.ref for port in program.forward.outputs_of("output") if port.value.type.is_float}
-    before, after = interpret(program, inputs), interpret(program, moved)
-    for ref in floats:
-        assert_same_bits(after[ref], before[ref], ref)
+    _, grads = backward_of(differentiated(program))
+    floats = [port for port in program.forward.inputs_of("param", "input") if port.value.type.is_float]
+    assert_unmoved(program, [port for port in floats if port.ref not in grads])
 
 
 @given(SMOOTH)
 def test_vjp_leaves_the_outputs_unchanged(program: Program):
     inputs = random_inputs(program.forward)
-    before, after = interpret(program, inputs), interpret(vjp(program), inputs)
+    before, after = interpret(program, inputs), interpret(differentiated(program), inputs)
     assert after.keys() == before.keys()
     for ref, array in before.items():
         assert_same_bits(after[ref], array, ref)
@@ -75,7 +97,7 @@ def test_vjp_leaves_the_outputs_unchanged(program: Program):
 
 @given(SMOOTH)
 def test_residuals_are_neither_inputs_nor_idle(program: Program):
-    after = vjp(program)
+    after = differentiated(program)
     residuals = after.forward.outputs_of("residual")
     inputs = {port.value.name for port in after.forward.inputs}
     assert not inputs & {port.value.name for port in residuals}
@@ -91,7 +113,7 @@ def test_residuals_are_neither_inputs_nor_idle(program: Program):
 
 @given(SMOOTH)
 def test_split_and_join_are_inverse(program: Program):
-    after = vjp(program)
+    after = differentiated(program)
     joint = join(after.forward, after.backward)
     verify(Program({"forward": joint}), REGISTRY)
     inputs = {**random_inputs(joint), **random_direction(joint.inputs_of("cotangent"), seed=1)}
@@ -103,18 +125,21 @@ def test_split_and_join_are_inverse(program: Program):
 
 
 def _well_conditioned(graph: Graph, arrays: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
-    """Whether results hardly move with the inputs' last digits: two ways to round may then be compared.
+    """Whether results hardly move with the last digits of every number: two ways to round may then be compared.
 
     The scale of a layer norm over equal numbers, for one, is a large multiple of rounding errors.
     """
-    nudged = interpret_graph(graph, [a * (1 + 1e-12) if a.dtype == np.float64 else a for a in arrays])
-    pairs = [(a, b) for a, b in zip(wanted, nudged, strict=True) if a.dtype == np.float64 and a.size]
-    return all(np.abs(a - b).max() <= 1e-10 * max(1.0, np.abs(a).max()) for a, b in pairs)
+    for seed in range(3):
+        for want, other in zip(wanted, rounded_otherwise(graph, arrays, seed), strict=True):
+            scale = max(1.0, np.abs(want).max(initial=0.0))
+            if want.dtype == np.float64 and not np.abs(want - other).max(initial=0.0) <= 1e-10 * scale:
+                return False
+    return True
 
 
 @given(SMOOTH)
 def test_backward_in_torch_agrees_with_the_interpreter(program: Program):
-    after = vjp(program)
+    after = differentiated(program)
     joint = join(after.forward, after.backward)
     inputs = {**random_inputs(joint), **random_direction(joint.inputs_of("cotangent"), seed=1)}
     arrays = [inputs[port.ref] for port in joint.inputs]
@@ -127,7 +152,7 @@ def test_backward_in_torch_agrees_with_the_interpreter(program: Program):
 
 @given(programs(differentiable=True, max_ops=5))
 def test_second_order_agrees_with_finite_differences(program: Program):
-    first = vjp(program)
+    first = differentiated(program)
     joint = join(first.forward, first.backward)
     inputs = {**random_inputs(joint), **random_direction(joint.inputs_of("cotangent"), seed=1)}
     try:
@@ -164,7 +189,7 @@ def _floats_made(graph: Graph) -> set[str]:
 @given(SMOOTH)
 def test_simplifying_the_pair_keeps_gradients(program: Program):
     """Addition is not associative, but nothing here reorders it: the bits stay."""
-    after = vjp(program)
+    after = differentiated(program)
     simple = run(after, pipeline("canonicalize,fold,cse,dce"))
     inputs = {**random_inputs(after.forward), **random_direction(after.backward.inputs_of("cotangent"), seed=1)}
     wanted, got = interpret(after, inputs), interpret(simple, inputs)

@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_same_bits
 from hypothesis import given
 
-from daggc.errors import IRError
+from daggc.errors import IRError, RunError
 from daggc.interp import interpret, interpret_graph
 from daggc.ir.attrs import Dense
 from daggc.ir.graph import Graph, Port, Program
@@ -32,7 +32,12 @@ simplifications = pytest.mark.parametrize("name", ["fold", "cse", "dce", "canoni
 
 def same_meaning(before: Program, after: Program, seed: int = 0) -> None:
     inputs = random_inputs(before.forward, seed)
-    wanted, got = interpret(before, inputs), interpret(after, inputs)
+    try:
+        wanted = interpret(before, inputs)
+    except RunError:  # on other numbers than it was made with: ctc_loss of an alignment that is impossible, to lstsq
+        assert seed
+        return
+    got = interpret(after, inputs)
     assert got.keys() == wanted.keys()
     for ref, array in wanted.items():
         assert_same_bits(got[ref], array, ref)
