@@ -272,8 +272,11 @@ def _accumulate(b: Builder, cotangents: dict[str, Value], primal: Value, ct: Val
 
 
 def simplify(graph: Graph) -> Graph:
-    """What is run on a joint graph before it is split."""
-    return eliminate(merge_equal(simplify_nodes(graph)))
+    """What is run on a joint graph before it is split.
+
+    What nobody asked for goes first: a cotangent would be merged with it, and belong where it was.
+    """
+    return eliminate(merge_equal(eliminate(simplify_nodes(graph))))
 
 
 def vjp(program: Program, wrt: Iterable[str] | None = None) -> Program:

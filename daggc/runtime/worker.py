@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import dask
 import torch
 from distributed import WorkerPlugin
 
@@ -27,7 +28,7 @@ from daggc.runtime.memory import resident_now
 
 _PROGRAMS: dict[str, Program] = {}
 _RECORDS: deque[Record] = deque(maxlen=4_000)  # some 200 bytes each: a worker must not seem to grow until it is full
-_USABLE = 0.8  # of a limit on a worker's memory
+_SHORT = 0.05  # of its limit on memory, how far a worker stays below where it is killed
 _HELD = 0.0  # bytes of this process before it had any model
 _threads = threading.local()
 computing = threading.Lock()  # held while something computes: one task or lane of this process at a time
@@ -72,12 +73,12 @@ async def offer_computing(dask_worker: Any) -> None:
 def describe(dask_worker: Any = None) -> Facts:
     """Ask a worker what it is; runs there.
 
-    Of a limit on its memory, tasks may use what it did not hold at first, up to where Dask pauses workers by default:
-    the rest is for messages, and for what the allocator keeps.
+    Of a limit on its memory, tasks may use what it did not hold at first, up to where Dask pauses the worker; one that
+    does not pause, until shortly before its nanny kills it.
     """
     global _HELD
     device = own_device()
-    memory = _USABLE * float(getattr(getattr(dask_worker, "memory_manager", None), "memory_limit", 0) or 0)
+    memory = usable(getattr(dask_worker, "memory_manager", None))
     if memory and device.type == "cpu":
         _HELD = _HELD or resident_now()
         memory = max(memory - _HELD, 1.0)
@@ -95,6 +96,13 @@ def describe(dask_worker: Any = None) -> Facts:
         daggc=daggc.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
     )
+
+
+def usable(manager: Any) -> float:
+    """Bytes that a worker's process may hold in all before Dask does anything about it; 0 without a limit."""
+    limit = float(getattr(manager, "memory_limit", 0) or 0)
+    killed = float(dask.config.get("distributed.worker.memory.terminate", 0.95) or 1.0)
+    return limit * min(float(getattr(manager, "memory_pause_fraction", 0) or 1.0), killed - _SHORT)
 
 
 @dataclass

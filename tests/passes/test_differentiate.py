@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits, run_torch
-from hypothesis import assume, given, reject
+from helpers import assert_close, assert_same_bits, assert_unmoved, differentiated, run_torch
+from hypothesis import assume, given
 
 from daggc.errors import DifferentiationError, IRError
 from daggc.interp import interpret, interpret_graph
-from daggc.ir.graph import Graph, Port, Program
+from daggc.ir.graph import Graph, Program
 from daggc.ir.parser import parse
 from daggc.ir.printer import print_program
 from daggc.ir.types import TensorType
@@ -23,32 +21,6 @@ from daggc.passes.vjp import differentiate, has_gradient, vjp
 from daggc.testing import finite_difference, inner, programs, random_direction, random_inputs, rounded_otherwise
 
 SMOOTH = programs(differentiable=True, max_ops=8)
-
-
-def differentiated(program: Program) -> Program:
-    """A generated program with its backward; the example is given up where no output depends on any input.
-
-    What is generated does read one, but a ``checkpoint`` may only pass it on, as a result that is not asked for.
-    """
-    try:
-        return vjp(program)
-    except DifferentiationError:
-        assert_unmoved(program, [p for p in program.forward.inputs_of("param", "input") if p.value.type.is_float])
-        reject()
-
-
-def assert_unmoved(program: Program, ports: Sequence[Port]) -> None:
-    """Float outputs stay as they are when these inputs change.
-
-    They change so little that hardly a step is crossed: hardtanh_backward has a zero derivative by its input, and
-    jumps.
-    """
-    inputs = random_inputs(program.forward)
-    moved = {**inputs, **{port.ref: inputs[port.ref] + 1e-6 for port in ports}}
-    before, after = interpret(program, inputs), interpret(program, moved)
-    for port in program.forward.outputs_of("output"):
-        if port.value.type.is_float:
-            assert_same_bits(after[port.ref], before[port.ref], port.ref)
 
 
 def backward_of(program: Program) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

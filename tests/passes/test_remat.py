@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, differentiated
 from hypothesis import given
 
 from daggc.errors import IRError
@@ -57,7 +57,7 @@ def same_numbers(before: Program, after: Program) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @given(program=programs(differentiable=True, max_ops=10))
 def test_results_and_gradients_keep_every_bit(level: str, program: Program):
-    before = vjp(program)
+    before = differentiated(program)
     after = run(before, pipeline(f"remat{{level={level}}}"))
     verify(after, REGISTRY)
     same_numbers(before, after)

@@ -64,7 +64,11 @@ def test_a_plan_computes_the_same(data: st.DataObject, split_backward: bool, dev
         with pytest.raises(DifferentiationError):
             plan_model(program, cluster)
         return
-    plan = plan_model(program, cluster, split_backward=split_backward)
+    try:
+        plan = plan_model(program, cluster, split_backward=split_backward)
+    except PlanError as wrong:
+        assert "has no call" in str(wrong) and not wanted.forward.nodes and not wanted.backward.nodes
+        return
     verify(plan.program, REGISTRY)
     assert parse(print_program(plan.program)) == plan.program
     inputs = _inputs(program.forward, wanted.backward)

@@ -17,13 +17,12 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from unequal import batch, begin, mlp, unequal_workers
+from unequal import USABLE, batch, begin, mlp, unequal_workers
 
 from daggc.errors import PlanError
 from daggc.runtime.memory import resident_now
 
 MB = 1e6
-_USABLE = 0.8  # of a worker's limit, what daggc plans with
 _SPARE = 1.06  # of what is predicted, what each worker may use
 
 
@@ -76,7 +75,7 @@ def too_big(width: int, layers: int, samples: int, steps: int) -> TooBig:
     with unequal_workers([0, 0]) as client:
         base = max(client.run(resident_now).values())
         free = begin(mlp(width, layers), client, stages=2).plan_for(*data).predicted.peaks
-    limit = round((base + _SPARE * max(free.values())) / _USABLE)
+    limit = round((base + _SPARE * max(free.values())) / USABLE)
     with unequal_workers([limit]) as client:
         try:
             begin(mlp(width, layers), client).plan_for(*data)

@@ -34,7 +34,7 @@ from daggc.runtime.local_workers import dask_settings, local_workers
 from daggc.runtime.train import TrainStep
 
 MB = 1e6
-_USABLE = 0.8  # of a worker's limit, what daggc plans with
+USABLE = 0.95  # of the limit of a worker that does not pause, what daggc plans with
 _BUSY = """
 import os, sys
 os.sched_setaffinity(0, {int(sys.argv[1])})
@@ -197,7 +197,7 @@ def small_worker(width: int = 1536, layers: int = 12, samples: int = 64, part: f
     with unequal_workers([0, 0]) as client:
         base = max(client.run(resident).values())
         free = begin(mlp(width, layers), client, microbatches=4).plan_for(*data).predicted.peaks
-    limit = round((base + part * free["cpu:1"]) / _USABLE)
+    limit = round((base + part * free["cpu:1"]) / USABLE)
     with unequal_workers([0, limit]) as client:
         step = begin(mlp(width, layers), client, microbatches=4)
         losses = tuple(float(step(*data)) for _ in range(6))
