@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import dask
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import nn
 
 import daggc
 from daggc.runtime.local_workers import local_workers
+from daggc.runtime.worker import usable
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -58,3 +61,11 @@ def test_peaks_and_bytes_moved_are_as_predicted() -> None:
     for device, predicted in found.memory.items():
         assert found.measured_memory[device] == pytest.approx(predicted, rel=0.3), str(found)
     assert found.measured_moved == found.moved
+
+
+@pytest.mark.parametrize(("pause", "killed", "part"), [(0.8, 0.95, 0.8), (False, 0.95, 0.9), (False, False, 0.95)])
+def test_memory_is_used_up_to_where_dask_acts(pause: float | bool, killed: float | bool, part: float) -> None:
+    manager = SimpleNamespace(memory_limit=1000, memory_pause_fraction=pause)
+    with dask.config.set({"distributed.worker.memory.terminate": killed}):
+        assert usable(manager) == pytest.approx(part * 1000)
+        assert usable(SimpleNamespace(memory_limit=None)) == usable(None) == 0

@@ -222,7 +222,7 @@ def unequal_workers(limits: Sequence[int]) -> Iterator[Any]:
     """
     off = {f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")}
     with dask.config.set({**dask_settings(), **off, "distributed.worker.memory.terminate": 1.0}):
-        shared = {"nthreads": 2, "dashboard_address": None}
+        shared = {"nthreads": 2, "dashboard_address": None, "silence_logs": logging.ERROR}
         specs = {index: {"cls": Nanny, "options": {**shared, "memory_limit": own}} for index, own in enumerate(limits)}
         scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "host": "127.0.0.1"}}
         with SpecCluster(workers=specs, scheduler=scheduler) as cluster, Client(cluster, timeout=60) as client:
