@@ -118,6 +118,9 @@ def test_residuals_stay_on_their_device(data: st.DataObject, split_backward: boo
         plan = plan_model(program, TWO, split_backward=split_backward)
     except DifferentiationError:
         return
+    except PlanError as wrong:
+        assert "has no call" in str(wrong)
+        return
     forward, backward = plan.program.forward, plan.program.backward
     kept = {port.ref: port.value.type.device for port in forward.outputs_of("residual")}
     assert kept == {port.ref: port.value.type.device for port in backward.inputs_of("residual")}

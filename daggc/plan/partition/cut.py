@@ -24,12 +24,13 @@ from daggc.errors import PlanError
 from daggc.plan.device import Cluster
 from daggc.plan.partition.chain import least_maximum, least_sum
 from daggc.plan.partition.pins import Wishes
-from daggc.plan.partition.segments import Points, Segments, candidate_points, positions_of, widest_gap
+from daggc.plan.partition.segments import Points, Segments, candidate_points, gaps_of, positions_of
 from daggc.plan.partition.work import Span, Work
 
 FAIR = (0.6, 0.5, 0.25, 0.0)  # of a device's fair share, the least that it must do
 SLACK = 1.02  # by which the slowest device may exceed the least load, for better balance and better places
 STARTS = 40  # ends of the first segment that are tried, going around
+TORN = 3  # parameters that a cut may go around for, and places to do so for one
 _BETWEEN = 2e-3  # what a cut inside a module costs, as a part of the slowest device's load
 
 
@@ -165,6 +166,7 @@ class _Search:
             found = [cut for cut in self.candidates(count, fair) if cut is not None]
             if found:
                 best = min(found, key=lambda cut: cut.seconds)
+                found.sort(key=lambda cut: -cut.seconds)  # of one description the fastest stays
                 self.considered += [Alternative(cut.description, cut.seconds) for cut in found]
                 self.cuts.update((cut.description, cut) for cut in found)
                 return best
@@ -266,15 +268,19 @@ class _Search:
         return f"no cut {', '.join(limits)}"
 
     def around(self, order: Sequence[int], fair: float) -> Iterator[Cut | None]:
-        """The last segment on the first device again, for each choice of parameters that it comes back for."""
+        """The last segment on the first device again, for each choice of parameters that it comes back for.
+
+        One parameter may have several gaps between its uses to go around in; of several, the widest are tried.
+        """
         seconds = self.work.seconds(self.cluster.devices[0])
-        gaps = sorted(((*widest_gap(span, seconds), span) for span in self.work.spans), key=lambda gap: -gap[2])
-        for count in range(1, min(len(gaps), 3) + 1):
-            low = max(gap[0] for gap in gaps[:count]) + 1
-            high = min(gap[1] for gap in gaps[:count])
+        torn = sorted(((gaps_of(span, seconds), span) for span in self.work.spans), key=lambda own: -own[0][0][0])
+        tries = [[gap] for gaps, _ in torn[:1] for gap in gaps[:TORN]]
+        tries += [[gaps[0] for gaps, _ in torn[:count]] for count in range(2, min(len(torn), TORN) + 1)]
+        for gaps in tries:
+            low, high = max(before for _, before, _ in gaps) + 1, min(after for _, _, after in gaps)
             if low < high:
-                kept = [gap[3] for gap in gaps[count:]]
-                shared = ", ".join(gap[3].ref for gap in gaps[:count])
+                shared = ", ".join(span.ref for _, span in torn[: len(gaps)])
+                kept = [span for _, span in torn[len(gaps) :]]
                 yield self.wrapped(list(order), kept, (low, high), fair, shared)
 
     def wrapped(

@@ -121,12 +121,11 @@ class Segments:
         return self.points.sums(per_node / max(per_node.sum(), 1e-300))
 
 
-def widest_gap(span: Span, seconds: np.ndarray) -> tuple[int, int, float]:
-    """The two successive uses with the most time between them, and that time."""
+def gaps_of(span: Span, seconds: np.ndarray) -> list[tuple[float, int, int]]:
+    """Time between successive uses, and these two; the most time first."""
     done = np.concatenate([[0.0], np.cumsum(seconds)])
     gaps = [(float(done[after] - done[before + 1]), before, after) for before, after in pairwise(span.uses)]
-    time, before, after = max(gaps, key=lambda gap: (gap[0], -gap[1]))
-    return before, after, time
+    return sorted(gaps, key=lambda gap: (-gap[0], gap[1]))
 
 
 def positions_of(points: Points, chosen: Sequence[int]) -> tuple[int, ...]:
