@@ -9,7 +9,7 @@ import dask
 from distributed import Client, LocalCluster
 
 # Death is noticed and reported soon; nothing waits for long.
-_SETTINGS = {
+SETTINGS = {
     "distributed.comm.timeouts.connect": "10s",
     "distributed.comm.retry.count": 0,
     "distributed.scheduler.allowed-failures": 0,
@@ -21,7 +21,7 @@ _SETTINGS = {
 def processes(workers: int = 2) -> Iterator[Client]:
     """A client of a cluster of worker processes, closed whatever happens; it is not the default client."""
     with (
-        dask.config.set(_SETTINGS),
+        dask.config.set(SETTINGS),
         LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
         ) as cluster,
