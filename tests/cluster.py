@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
@@ -18,12 +19,15 @@ SETTINGS = {
 
 
 @contextmanager
-def processes(workers: int = 2) -> Iterator[Client]:
-    """A client of a cluster of worker processes, closed whatever happens; it is not the default client."""
+def processes(workers: int = 2, **options: Any) -> Iterator[Client]:
+    """A client of a cluster of worker processes, closed whatever happens; it is not the default client.
+
+    ``options``: further ones of LocalCluster.
+    """
     with (
         dask.config.set(SETTINGS),
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
+            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0, **options
         ) as cluster,
         Client(cluster, set_as_default=False, timeout=60) as client,
     ):

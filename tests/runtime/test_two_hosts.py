@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import dask
 import pytest
 import torch
-from cluster import SETTINGS
-from distributed import Client, LocalCluster
+from cluster import processes
+from distributed import Client
 from distributed.security import Security
 from hosts import hosts
 from torch import nn
@@ -54,13 +53,6 @@ def test_messages_between_hosts_go_over_the_network(tmp_path: Path) -> None:
 
 
 def test_workers_behind_tls() -> None:
-    security = Security.temporary()
-    with (
-        dask.config.set(SETTINGS),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, security=security, protocol="tls://", dashboard_address=None
-        ) as cluster,
-        Client(cluster, set_as_default=False, timeout=60) as client,
-    ):
-        assert cluster.scheduler_address.startswith("tls://")
+    with processes(2, security=Security.temporary(), protocol="tls://") as client:
+        assert str(client.scheduler_info()["address"]).startswith("tls://")
         on_two_workers(client)
