@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -270,18 +270,20 @@ class _Search:
     def around(self, order: Sequence[int], fair: float) -> Iterator[Cut | None]:
         """The last segment on the first device again, for each choice of parameters that it comes back for.
 
-        One parameter may have several gaps between its uses to go around in; of several, the widest are tried.
+        That is one of those with the widest gaps between its uses, and each of its gaps; or several, and the widest
+        gap of each.
         """
         seconds = self.work.seconds(self.cluster.devices[0])
         torn = sorted(((gaps_of(span, seconds), span) for span in self.work.spans), key=lambda own: -own[0][0][0])
-        tries = [[gap] for gaps, _ in torn[:1] for gap in gaps[:TORN]]
-        tries += [[gaps[0] for gaps, _ in torn[:count]] for count in range(2, min(len(torn), TORN) + 1)]
-        for gaps in tries:
+        torn = torn[:TORN]
+        tries = [([span], [gap]) for gaps, span in torn for gap in gaps[:TORN]]
+        for count in range(2, len(torn) + 1):
+            tries += [([span for _, span in some], [gaps[0] for gaps, _ in some]) for some in combinations(torn, count)]
+        for spans, gaps in tries:
             low, high = max(before for _, before, _ in gaps) + 1, min(after for _, _, after in gaps)
             if low < high:
-                shared = ", ".join(span.ref for _, span in torn[: len(gaps)])
-                kept = [span for _, span in torn[len(gaps) :]]
-                yield self.wrapped(list(order), kept, (low, high), fair, shared)
+                kept = [span for span in self.work.spans if span not in spans]
+                yield self.wrapped(list(order), kept, (low, high), fair, ", ".join(span.ref for span in spans))
 
     def wrapped(
         self, order: list[int], spans: Sequence[Span], gap: tuple[int, int], fair: float, shared: str
