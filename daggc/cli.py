@@ -247,7 +247,8 @@ def simulate(
 ) -> None:
     """Predict a training step of MODEL on devices that need not be there; -o writes the simulation (JSON).
 
-    With "auto", every choice that is left open is simulated, and the fastest that fits memory is taken.
+    MODEL's arguments are a batch of it; with --loss, its target last. With "auto", every choice that is left open is
+    simulated, and the fastest that fits memory is taken.
     """
     from daggc.runtime.predict import predict_step
     from daggc.runtime.step_program import Options

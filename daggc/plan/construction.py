@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from daggc.errors import DaggcError
 from daggc.ir.attrs import Attr, Attrs
 from daggc.ir.graph import Graph, Node, Port, Program, Value
 from daggc.ir.types import TensorType
@@ -74,6 +75,10 @@ class Construction:
             return self._homes.get(port.ref)
 
         graph = place(self._b.build(), lambda node: self._device_of[str(node.attrs["task"])], home)
+        homes = {port.ref: port.value.type.device for port in graph.inputs}
+        for port in graph.outputs:
+            if homes.get(port.ref, port.value.type.device) != port.value.type.device:
+                raise DaggcError(f"{port.ref!r} would be replaced on another device than it is on; this is a defect")
         return Program({"step": graph, **self.bodies}, provenance=("step",))
 
 

@@ -23,7 +23,7 @@ def place(
 
     A value is made where its call runs. An input lives where ``input_device`` says or, where that says
     nothing, with its first reader: parameters, buffers and states with the call that uses them (a parameter that
-    no call uses, with its gradient). A call that
+    no call uses, with its gradient; a buffer that is only written, where its new value is made). A call that
     reads a value of another device reads the result of a ``transfer``, of which there is one for each value
     and destination. Outputs stay where they are made.
 
@@ -40,12 +40,13 @@ def place(
         for value in node.inputs:
             homes.setdefault(value.name, device)
     made = {value.name: device for node, device in zip(main.nodes, devices, strict=True) for value in node.outputs}
-    gradients = {port.target: made[port.value.name] for port in main.outputs_of("grad") if port.value.name in made}
+    results = [(port, made[port.value.name]) for port in main.outputs if port.value.name in made]
+    writers = {port.target if port.kind == "grad" else port.ref: device for port, device in results}
     b = Builder(REGISTRY, main.name)
     b.reserve(value.name for value in main.values())
     placed: dict[str, Value] = {}
     for port in main.inputs:
-        device = input_device(port) or homes.get(port.value.name) or gradients.get(port.ref)
+        device = input_device(port) or homes.get(port.value.name) or writers.get(port.ref)
         device = device or (devices[0] if devices else None)
         if device is None:
             raise PlanError(f"@{main.name} has no call, so nothing tells where its input {port.ref!r} is")

@@ -9,6 +9,7 @@ from torch import nn
 
 from daggc.errors import RunError
 from daggc.ir.graph import Program
+from daggc.runtime.arguments import check_compile
 from daggc.runtime.calibrate import measured_pool
 from daggc.runtime.dask_executor import DaskExecutor
 from daggc.runtime.executor import Executor, LocalExecutor
@@ -46,14 +47,13 @@ def compile(
             minutes at the first run. What cannot be compiled runs as usual; a warning says so.
 
     Raises:
-        RunError: the client has no workers, its cluster does not answer, or there is no such ``codegen``.
+        RunError: the client has no workers, its cluster does not answer, or an argument means nothing.
         PlanError: a device does not exist.
     """
-    if codegen not in ("torch", "inductor"):
-        raise RunError(f"codegen is 'torch' or 'inductor', got {codegen!r}")
+    check_compile(client, devices, stages, pins, codegen)
     client = client or current_client()
     if client is None:
-        if devices or pins or (stages or 1) > 1:
+        if devices is not None or pins or (stages or 1) > 1:
             raise RunError(
                 "devices=, stages= and pins= place work on Dask workers, and there is no client: "
                 "open one first, as in client = distributed.Client(LocalCluster(n_workers=2))"

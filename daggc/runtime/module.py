@@ -83,6 +83,9 @@ class CompiledModule(nn.Module):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise CaptureError(f"daggc.compile takes a torch.nn.Module, got a {type(model).__name__}")
+        compiled = next((name for name, own in model.named_modules() if isinstance(own, CompiledModule)), None)
+        if compiled is not None:
+            raise CaptureError(f"{f'{compiled!r} of the model' if compiled else 'the model'} is compiled already")
         super().__init__()
         object.__setattr__(self, "model", model)  # not a submodule: names stay the model's own
         # Set before the tables are shared: a submodule of one of these names would be lost.
@@ -289,7 +292,8 @@ class CompiledModule(nn.Module):
                 give their own loss (``.loss``, ``["loss"]``, a scalar, the first of a tuple). A lone dict,
                 ``step(batch)``, is the model's keywords; a loss function then gets ``(output, batch)``.
             optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW`` over the model's parameters. Its groups and
-                learning rates are read at each call, so schedulers work as ever.
+                learning rates are read at each call, so schedulers work as ever (each other momentum or
+                beta is another program: ``OneCycleLR(cycle_momentum=False)``).
             microbatches: into how many parts to cut a batch (along axis 0 of every tensor as long as the
                 first); the last may be smaller. Only cut if an analysis proves that the parts add up to the
                 whole; otherwise the batch stays whole and ``step.explain()`` names the op that mixes samples.

@@ -17,7 +17,7 @@ from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_s
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
-from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, rewrite_like
+from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, require_alike, rewrite_like
 from daggc.passes.vjp import differentiate, simplify
 from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, take_best
 from daggc.plan.bodies import Group, Scaling
@@ -137,7 +137,7 @@ class _Analysis:
     """A forward captured at two batch sizes, and what following the batch axis of the first told."""
 
     forward: Graph
-    other: Graph
+    other: Graph | None
     result: Microbatched
 
 
@@ -322,30 +322,53 @@ class StepBuilder:
         return StepProgram(step, cut.plan, self.cluster, None, cut.sizes, held, cut.captured.assigned, lanes)
 
     def _analyse(self, batch: Batch) -> _Analysis:
-        """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved)."""
-        wanted = self.options.microbatches
-        counts = _at_least(wanted, self.options.replicas)
-        size = max(2, split_batch(batch.size, min(counts, batch.size))[0] if isinstance(counts, int) else batch.size)
+        """Whether the batch can be cut, from captures at two sizes (at one sample nothing can be proved).
+
+        What eager computes is the program of the whole batch: of a part, Python could decide otherwise by its size.
+        """
+        whole = self._analysed(batch, max(2, batch.size))
+        wanted = _at_least(self.options.microbatches, self.options.replicas)
+        if whole.result.exact or not self.options.force or not isinstance(wanted, int):
+            return whole
+        return self._analysed(batch, max(2, split_batch(batch.size, min(wanted, batch.size))[0]))
+
+    def _analysed(self, batch: Batch, size: int) -> _Analysis:
         key = batch.signature(), size, modes_of(self.model)
         if key not in self._analyses:
-            forward, other = self._forward(batch, size), self._forward(batch, size + 1)
+            forward, more = self._forward(batch, size), self._larger(batch, size)
+            other = self._forward(batch, more) if more else None
             result = microbatched(forward, batch.batched_names, "0", other=other, force=self.options.force)
-            constants, others = self._capture(batch, size).constants, self._capture(batch, size + 1).constants
+            if not more:
+                result = replace(result, mixing=Mixing("", "the model takes no batch of another size"))
+            constants, others = self._capture(batch, size).constants, self._capture(batch, more or size).constants
             if any(name in others and not torch.equal(tensor, others[name]) for name, tensor in constants.items()):
                 result = replace(result, mixing=Mixing("", "a constant of the model changes with the batch size"))
             self._analyses[key] = _Analysis(forward, other, result)
         return self._analyses[key]
+
+    def _larger(self, batch: Batch, size: int) -> int:
+        """Another size of batches that the model takes, which may be one of pairs of samples; 0 if none is found."""
+        for more in (size + 1, 2 * size):
+            try:
+                self._capture(batch, more)
+            except CaptureError:
+                continue
+            return more
+        return 0
 
     def _rewritten(self, batch: Batch, size: int, analysis: _Analysis) -> Microbatched:
         """The forward at one microbatch's size, rewritten so that losses add up."""
         if size == analysis.result.batch:
             return analysis.result
         try:  # captured at one size, made for the others
+            if analysis.other is None:
+                raise IRError("there is no capture at another batch size")
             forward = at_batch(analysis.forward, analysis.other, batch.batched_names, size)
         except IRError:
             if size == 1:  # captured as another graph, for an axis of size 1 is not broadcast
                 raise
             forward = self._forward(batch, size)
+            require_alike(forward, analysis.forward, analysis.result)
         return rewrite_like(forward, analysis.forward, analysis.result)
 
     def _differentiated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from daggc.plan.compared import Comparison, compare
 from daggc.plan.device import Cluster, cluster_of, cpu_device
 from daggc.plan.outline import RESIDENT
 from daggc.plan.plan import Plan
+from daggc.runtime.arguments import check_step
 from daggc.runtime.batch import Batch, call_with_loss, read_batch
 from daggc.runtime.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from daggc.runtime.memory import give_back_after
@@ -46,6 +48,7 @@ from daggc.runtime.step_program import GRAPH, IN_LANES, Options, StepBuilder, St
 from daggc.runtime.worker import Record
 
 _MOST_MICROBATCHES = 1 << 20  # of a step: their random numbers come from keys of their own
+_MANY = 3  # programs that differ in options of the optimizer alone, after which the user is told
 
 
 class LazyLoss:
@@ -120,6 +123,8 @@ class TrainStep:
         self._current: StepProgram | None = None
         self._replan_after = replan_after if pool else None  # in this process there is nothing to choose
         self._same = 0  # steps of the program that ran last
+        self._kept = 0  # steps after which the model has the state
+        self._lost = 0  # later ones, whose state close() has dropped
 
     @property
     def steps(self) -> int:
@@ -199,10 +204,21 @@ class TrainStep:
         shapes = tuple((batch.signature(), batch.size) for batch in batches)
         key = (shapes, self._groups, clip, scaling, modes_of(self.model))
         if key not in self._programs:
+            self._warn_of_options(key)
             groups = [Group(str(i), g.names, g.kind, dict(g.options)) for i, g in enumerate(self._groups)]
             self._programs[key] = self._builder.build(batches, groups, clip, scaling)
             give_back_after(self.model)
         return self._programs[key]
+
+    def _warn_of_options(self, key: tuple[Any, ...]) -> None:
+        """Learning rates are inputs of a program; other options are part of it."""
+        alike = [other for other in self._programs if (other[0], *other[2:]) == (key[0], *key[2:])]
+        if len(alike) == _MANY:
+            warnings.warn(
+                "the optimizer's momentum, betas or weight decay change from step to step, and each value is planned "
+                "and compiled anew: keep them (OneCycleLR and CyclicLR: cycle_momentum=False)",
+                stacklevel=4,
+            )
 
     def _settle_state(self, program: StepProgram) -> None:
         """Put the state where the program's plan has it, if it is not there."""
@@ -228,7 +244,16 @@ class TrainStep:
         self._loaded, self._steps = program.layout, steps
 
     def _follow(self) -> None:
-        """In this process the model and the optimizer are the state: take it anew if their tensors are others now."""
+        """In this process the model and the optimizer are the state: take it anew if their tensors are others now.
+
+        Raises:
+            RunError: the newest state is neither there nor on workers.
+        """
+        if self._lost:
+            raise RunError(
+                f"close() dropped what {self._lost} steps since the last sync() had changed: load() a checkpoint, or "
+                "load_from_model() to go on from what the model has"
+            )
         if self.pool is None and self._loaded is not None:
             held = {**self._aside, **self._home.snapshot()}
             states, counts = present_state(self.optimizer, self._groups, self.model)
@@ -292,6 +317,7 @@ class TrainStep:
         self._follow()
         if self._loaded is not None:
             self._write_back(*self._state())
+            self._kept = self.steps
 
     def _write_back(self, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
         with torch.no_grad():
@@ -314,6 +340,7 @@ class TrainStep:
     def _unload(self, steps: int) -> None:
         """The model and optimizer are what counts; the next step takes the state from them."""
         self._steps, self._loaded, self._aside = steps, None, {}
+        self._kept, self._lost = steps, 0
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint: weights, buffers, optimizer state, loss scale, step count, seed, learning rates.
@@ -413,10 +440,15 @@ class TrainStep:
         return result
 
     def close(self) -> None:
-        """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it (in this process: all)."""
+        """Drop the state on the workers; the model keeps what the last :meth:`sync` gave it (in this process: all).
+
+        After steps that no :meth:`sync` brought back, only :meth:`load` and :meth:`load_from_model` lead on.
+        """
         steps = self.steps
+        lost = self._lost or (steps - self._kept if self.pool is not None else 0)
         self._home.close()
         self._unload(steps)
+        self._lost = lost
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -453,15 +485,10 @@ def train_step(
     scaler: Scaler | None = None,
 ) -> TrainStep:
     """See :meth:`daggc.runtime.module.CompiledModule.train_step`."""
-    for name, count in (("microbatches", microbatches), ("replicas", replicas)):
-        if count != AUTO and (isinstance(count, str) or count < 1):
-            raise RunError(f"{name} is at least 1, or {AUTO!r}, got {count!r}")
+    counts = {"microbatches": microbatches, "replicas": replicas}
+    check_step(loss_fn, optimizer, counts, max_grad_norm, stages, replan_after)
     if execution not in (AUTO, GRAPH, IN_LANES):
         raise RunError(f"execution is {AUTO!r}, {GRAPH!r} or {IN_LANES!r}, got {execution!r}")
-    if replan_after is not None and replan_after < 1:
-        raise RunError(f"replan_after is a number of steps, at least 1, got {replan_after}")
-    if max_grad_norm is not None and max_grad_norm <= 0:
-        raise RunError(f"max_grad_norm is positive, got {max_grad_norm}")
     options = Options(
         microbatches, schedule, stages, pins, split_backward, force_microbatches, replicas, remat, partition, codegen,
         execution,

@@ -72,3 +72,15 @@ def test_inputs_live_where_they_are_told_to() -> None:
     assert [str(port.value.type) for port in placed.inputs] == ["f64[3,3]@cpu:0"]
     with pytest.raises(PlanError, match="only calls are placed, got sin"):
         place(forward, lambda node: "cpu:0")
+
+
+def test_a_buffer_that_is_only_written_lives_where_its_new_value_is_made() -> None:
+    b = REGISTRY.builder("forward")
+    x, w = b.input(SQUARE, "input", "0"), b.input(SQUARE, "param", "w")
+    b.input(SQUARE, "buffer", "norm")
+    b.output(b.emit("sin", x), "output", "0")
+    b.output(b.emit("cos", w), "buffer", "norm")
+    forward = b.build()
+    main, _ = outline(forward, forward, {"sin": 0, "cos": 1})
+    placed = place(main, _alternating)
+    assert {port.ref: port.value.type.device for port in placed.inputs}["buffer:norm"] == "cpu:1"

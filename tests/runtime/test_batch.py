@@ -141,3 +141,48 @@ def test_parts_of_a_batch():
     first, scalar, labels = batch.part(1, 2)
     assert torch.equal(first, x[1:3]) and float(scalar) == 3.0 and torch.equal(labels, y[1:3])
     assert first.untyped_storage().nbytes() == 16, "only the part's own memory is sent"
+
+
+def first_five(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out[:5], y[:5])
+
+
+def by_size(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, y) * (2.0 if len(out) > 4 else 1.0)
+
+
+def last_chunk(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out.split(4)[-1], y.split(4)[-1])
+
+
+def first_numbers(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return out.reshape(-1)[:16].square().mean()
+
+
+def of_pairs(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (out[::2] - out[1::2]).square().mean()
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("loss", [first_five, by_size, last_chunk, first_numbers, of_pairs])
+def test_a_loss_that_sees_the_size_of_its_batch_sees_that_of_the_whole(loss, microbatches: int):
+    """Of a part, slices would end elsewhere, and Python decide otherwise."""
+    batches = points([8, 8, 12])
+    got, _ = stepwise(mlp(), loss, adamw, batches, microbatches=microbatches)
+    assert_equal_numbers(got, eagerly(mlp(), lambda m, x, y: loss(m(x), y), adamw, batches))
+
+
+def test_a_model_that_sees_the_size_of_its_batch_sees_that_of_the_whole():
+    class Seeing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.net(x)
+            return out * 2 if len(out) > 4 else out
+
+    batches = points([8, 9])
+    got, step = stepwise(Seeing(), F.cross_entropy, adamw, batches, microbatches=4)
+    assert_equal_numbers(got, eagerly(Seeing(), lambda m, x, y: F.cross_entropy(m(x), y), adamw, batches))
+    assert len(step.step_program.sizes) == 4

@@ -7,7 +7,7 @@ differentiation is linear. If an op mixes samples (batch norm in training), it i
 """
 
 from daggc.passes.microbatch.resize import at_batch
-from daggc.passes.microbatch.rewrite import Microbatched, microbatched, rewrite_like
+from daggc.passes.microbatch.rewrite import Microbatched, microbatched, require_alike, rewrite_like
 from daggc.passes.microbatch.state import Edit, Mixing
 
-__all__ = ["Edit", "Microbatched", "Mixing", "at_batch", "microbatched", "rewrite_like"]
+__all__ = ["Edit", "Microbatched", "Mixing", "at_batch", "microbatched", "require_alike", "rewrite_like"]

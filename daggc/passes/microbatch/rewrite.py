@@ -134,6 +134,22 @@ def rewrite_like(forward: Graph, analysed: Graph, result: Microbatched) -> Micro
     return replace(result, forward=graph, denominators=denominators, batch=batch)
 
 
+def require_alike(forward: Graph, analysed: Graph, result: Microbatched) -> None:
+    """Check that a capture at another batch size is what was analysed: equal nodes can have other numbers.
+
+    Python sees the size of a batch (``if len(x) > 4``), and a slice ends where its input does (``x[:4]``).
+
+    Raises:
+        IRError: it is another program.
+    """
+    if not result.exact:
+        return  # each microbatch is on its own
+    again = microbatched(analysed, result.batched_inputs, result.loss, other=forward)
+    if again.mixing is not None or again.edits != result.edits:
+        batch = _batch_size(forward, result.batched_inputs)
+        raise IRError(f"with {batch} samples it is another program than with {result.batch}: {again.mixing or 'sums'}")
+
+
 def _uncut(forward: Graph, problem: Mixing, batch: int, loss: Port, batched_inputs: Collection[str]) -> Microbatched:
     """The forward as it is, for the whole batch."""
     outputs = (loss, *forward.outputs_of("buffer"))
