@@ -407,6 +407,7 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
 
 
 _STDLIB = os.path.dirname(os.__file__)
+_DAGGC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -425,7 +426,7 @@ def is_user_file(filename: str) -> bool:
     """Whether a source file is the user's (or a model library's) rather than torch's, Python's or ours."""
     if filename.startswith(_STDLIB) and "site-packages" not in filename:
         return False
-    return not any(mark in filename for mark in ("/torch/", "/daggc/frontend/", "<"))
+    return not filename.startswith(_DAGGC) and not any(mark in filename for mark in ("/torch/", "<"))
 
 
 def short_source(filename: str, line: int) -> str:

@@ -45,6 +45,14 @@ class Batch:
             for leaf, batched in zip(self.leaves, self.batched, strict=True)
         ]
 
+    def examples(self, size: int) -> list[torch.Tensor]:
+        """The leaves with ``size`` samples, to capture with: cut off, or the samples repeated."""
+        leaves: list[torch.Tensor] = []
+        for leaf, batched in zip(self.leaves, self.batched, strict=True):
+            repeats = -(-size // leaf.shape[0]) if batched else 1
+            leaves.append((torch.cat([leaf] * repeats) if repeats > 1 else leaf)[:size] if batched else leaf)
+        return leaves
+
     def signature(self) -> tuple[Any, ...]:
         """What a captured program of a microbatch depends on, but for the number of samples."""
         shapes = tuple(
@@ -99,7 +107,9 @@ def call_with_loss(loss_fn: LossFn | None) -> Callable[..., torch.Tensor]:
         if whole:
             return _scalar(loss_fn(model(**args[0]), args[0]))
         if len(args) < 2:
-            raise RunError("step(*inputs, target) needs the model's inputs and the target of the loss")
+            got = next((type(own).__name__ for own in args), "nothing")
+            more = f", got one {got}: step(*batch)" if got in ("list", "tuple") else ""
+            raise RunError(f"step(*inputs, target) needs the model's inputs and the target of the loss{more}")
         return _scalar(loss_fn(model(*args[:-1], **kwargs), args[-1]))
 
     return call
@@ -117,6 +127,6 @@ def _own_loss(result: Any) -> torch.Tensor:
 
 def _scalar(loss: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        got = f"a {loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise RunError(f"a training step needs a loss that is one floating-point number, got {got}; give loss_fn=")
     return loss

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from daggc.backend.lanes import devices_of
-from daggc.errors import CaptureError, IRError, PlanError
+from daggc.errors import CaptureError, DifferentiationError, IRError, PlanError
 from daggc.frontend.autocast import State, autocast_of, autocast_off, autocast_state
 from daggc.frontend.export import Capture, capture
 from daggc.ir.graph import Graph, Program
 from daggc.passes.manager import pipeline, run
 from daggc.passes.microbatch import Microbatched, Mixing, at_batch, microbatched, require_alike, rewrite_like
-from daggc.passes.vjp import differentiate, simplify
+from daggc.passes.vjp import differentiate, has_gradient, simplify
 from daggc.plan.automatic import AUTO, Choice, Tried, estimate, possible, take_best
 from daggc.plan.bodies import Group, Scaling
 from daggc.plan.device import Cluster
@@ -384,7 +384,12 @@ class StepBuilder:
                 micro = whole_batch(at_batch(*pair, batch.batched_names, 1), batch)
             else:
                 micro = whole_batch(self._forward(batch, size), batch)
-            joint = simplify(differentiate(micro.forward, self._wrt(batch, micro.forward)))
+            wrt = self._wrt(batch, micro.forward)
+            if not has_gradient(Program({"forward": micro.forward}), wrt):
+                raise DifferentiationError(
+                    "the loss depends on no parameter that requires a gradient: are all frozen, or is it detached?"
+                )
+            joint = simplify(differentiate(micro.forward, wrt))
             self._joints[key] = micro, joint
         return self._joints[key]
 
@@ -450,7 +455,7 @@ class StepBuilder:
     def _capture(self, batch: Batch, size: int) -> Capture:
         key = (batch.signature(), size, modes_of(self.model))
         if key not in self._captures:
-            args, kwargs = batch.spec.rebuild(iter(example_leaves(batch, size)))
+            args, kwargs = batch.spec.rebuild(iter(batch.examples(size)))
             captured = capture(self.model, args, kwargs, self.call)
             if len(captured.program.forward.outputs_of("output")) != 1:
                 raise CaptureError("a training step captures one loss")
@@ -478,15 +483,6 @@ def whole_batch(forward: Graph, batch: Batch) -> Microbatched:
     kept = tuple(port for port in forward.outputs if port.kind in ("output", "buffer"))
     graph = Graph(forward.name, forward.inputs, forward.nodes, kept)
     return Microbatched(graph, None, None, batch.size, (), "0", False, batch.batched_names)
-
-
-def example_leaves(batch: Batch, size: int) -> list[torch.Tensor]:
-    """The batch's leaves with ``size`` samples: cut off, or the samples repeated."""
-    leaves: list[torch.Tensor] = []
-    for leaf, batched in zip(batch.leaves, batch.batched, strict=True):
-        repeats = -(-size // leaf.shape[0]) if batched else 1
-        leaves.append((torch.cat([leaf] * repeats) if repeats > 1 else leaf)[:size] if batched else leaf)
-    return leaves
 
 
 def _at_least(microbatches: int | str, replicas: int | str) -> int | str:
